@@ -1,0 +1,33 @@
+// Package kubelet builds and runs the upstream kubelet inside edgecore. It owns
+// the kubelet's configuration, its volume plugins, the checks before its start,
+// the choice of the node's address, and the HTTP handler behind kubectl logs,
+// exec, attach, port-forward and the stats summary.
+//
+// It never opens a port, never talks to an API server itself (all clients go
+// through Config.Transport), and never stops a container: ending Run leaves
+// every pod running, for the next process to take over.
+//
+// # One process, once
+//
+// The upstream kubelet registers metrics, feature gates and cAdvisor settings
+// with the process and leaves goroutines behind when it ends. Run may therefore
+// be called once per process, and the process must exit when Run returns. A
+// change of the configuration is a restart of the process; pods do not notice.
+//
+// # The kubelet may end the process
+//
+// Some upstream failures call os.Exit(1) or klog.Fatal and cannot be turned
+// into an error here. They are: a directory below Config.RootDir or
+// /var/log/containers that cannot be made, /dev/kmsg that cannot be followed,
+// cAdvisor, the container manager or the node's informer that cannot start, the
+// pod-resources socket that cannot be listened on, and, with Config.CSI, a
+// CSINode object that cannot be written for more than two minutes. Check finds
+// the causes that can be known beforehand. The rest is for a supervisor of the
+// process (systemd, or a keeper in main) that starts it again with backoff.
+//
+// # Who may call the handler
+//
+// Handler asks nobody for credentials: the caller must have authenticated and
+// authorised the request. edgecore serves it only on streams that arrive over
+// the tunnel, which the hub has checked as a kubelet would.
+package kubelet

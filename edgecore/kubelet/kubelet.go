@@ -1,0 +1,143 @@
+package kubelet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+
+	utilfeature "k8s.io/apiserver/pkg/util/feature"
+	"k8s.io/kubernetes/cmd/kubelet/app"
+	"k8s.io/kubernetes/cmd/kubelet/app/options"
+	upstream "k8s.io/kubernetes/pkg/kubelet"
+	"k8s.io/kubernetes/pkg/kubelet/apis/config"
+	"k8s.io/kubernetes/pkg/kubelet/cadvisor"
+	"k8s.io/kubernetes/pkg/kubelet/cm"
+
+	"github.com/skerry-io/skerry/metrics/containers"
+)
+
+// Kubelet is one upstream kubelet, before and while it runs.
+type Kubelet struct {
+	// Immutable after New.
+	cfg      Config
+	settings *config.KubeletConfiguration
+
+	ran  atomic.Bool
+	live chan struct{} // closed once the fields below are set
+
+	// Set by Run before live is closed, then immutable.
+	instance *upstream.Kubelet
+	deps     *upstream.Dependencies
+
+	handlerOnce sync.Once
+	handler     http.Handler // built by the first Handler call
+}
+
+var _ cadvisor.Interface = (*containers.Containers)(nil)
+
+// New checks cfg and merges the kubelet's configuration; it starts nothing and
+// does not look at the host. For that, see Check.
+func New(cfg Config) (*Kubelet, error) {
+	if err := cfg.complete(); err != nil {
+		return nil, err
+	}
+	if cfg.Transport == nil {
+		return nil, errors.New("kubelet: no transport to the local API; set Config.Transport")
+	}
+	settings, err := cfg.settings()
+	if err != nil {
+		return nil, err
+	}
+	return &Kubelet{cfg: cfg, settings: settings, live: make(chan struct{})}, nil
+}
+
+// Run waits for the container runtime, checks the host, and runs the kubelet
+// until ctx ends or the node's address changes (ErrAddressChanged). It may be
+// called once per process. The process must exit when it returns: upstream
+// leaves goroutines behind. Containers keep running.
+func (k *Kubelet) Run(ctx context.Context) error {
+	if !k.ran.CompareAndSwap(false, true) {
+		return errors.New("kubelet: run: it ran already in this process; restart the process")
+	}
+	routeKlog(k.cfg.Log)
+
+	runtime, err := k.waitForRuntime(ctx)
+	if err != nil {
+		return err
+	}
+	if err := k.refuseOnErrors(ctx); err != nil {
+		return err
+	}
+	k.settings.CgroupDriver = cgroupDriver(k.cfg.CgroupDriver, runtime)
+	address := k.chooseAddress()
+	if err := k.prepareHost(); err != nil {
+		return err
+	}
+	server := k.server(address)
+	if err := k.buildDependencies(server); err != nil {
+		return err
+	}
+
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go k.watchAddress(ctx, address, cancel)
+
+	utilfeature.DefaultMutableFeatureGate.AddMetrics()
+	if err := app.Run(ctx, server, k.deps, utilfeature.DefaultFeatureGate); err != nil {
+		return fmt.Errorf("kubelet: run: %w", err)
+	}
+	if cause := context.Cause(ctx); errors.Is(cause, ErrAddressChanged) {
+		return cause
+	}
+	return nil
+}
+
+// server is the upstream form of the configuration.
+func (k *Kubelet) server(address net.IP) *options.KubeletServer {
+	flags := options.NewKubeletFlags()
+	flags.HostnameOverride = k.cfg.NodeName
+	flags.RootDirectory = k.cfg.RootDir
+	flags.CertDirectory = k.cfg.RootDir + "/pki"
+	flags.NodeLabels = k.cfg.NodeLabels
+	if address != nil {
+		flags.NodeIP = address.String()
+	}
+	// Any text but the empty one keeps upstream from its mode without an API;
+	// the file is not opened, as all clients are given.
+	flags.KubeConfig = "in-process"
+	return &options.KubeletServer{KubeletFlags: *flags, KubeletConfiguration: *k.settings}
+}
+
+// buildDependencies makes k.deps and has the running kubelet handed out.
+func (k *Kubelet) buildDependencies(server *options.KubeletServer) error {
+	measured := k.cfg.Containers
+	if measured == nil {
+		var err error
+		measured, err = containers.New(containers.Config{
+			RootDir:            k.cfg.RootDir,
+			CgroupRoots:        []string{cm.NodeAllocatableRoot(server.CgroupRoot, server.CgroupsPerQOS, server.CgroupDriver)},
+			ContainerdEndpoint: k.cfg.RuntimeEndpoint,
+			Interval:           k.cfg.HousekeepingInterval,
+			Disk:               server.LocalStorageCapacityIsolation,
+		})
+		if err != nil {
+			return err
+		}
+	}
+	deps, err := dependencies(&k.cfg, measured)
+	if err != nil {
+		return err
+	}
+	// Upstream calls the options while it builds the kubelet, when every
+	// dependency has been filled in.
+	deps.Options = append(deps.Options, func(instance *upstream.Kubelet) {
+		k.instance = instance
+		close(k.live)
+	})
+	k.deps = deps
+	return nil
+}
