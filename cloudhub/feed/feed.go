@@ -1,0 +1,296 @@
+// Package feed keeps each connected edge node's copy of its cluster objects in
+// step with the API server.
+//
+// One set of informers serves all nodes. A node's set is: its pods; the
+// ConfigMaps, Secrets and PersistentVolumeClaims these name, and the claims'
+// volumes; its Node; and of all namespaces the Services, and the RuntimeClasses
+// and CSIDrivers. A node resumes by telling what it has (edgeapi.Inventory), so
+// that the hub keeps nothing about it while it is away, and gets differences.
+//
+// A pod's and a Node's status belong to the node. They go down once, with the
+// object's first delivery; later deltas carry only the conditions that others
+// own, such as readiness gates, and a change of status alone is no delta.
+//
+// The package never writes to the API server: what a node writes goes to the
+// Writer that the caller passes. It never dials, and knows streams only as
+// edgeapi.Conn.
+package feed
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	nodev1 "k8s.io/api/node/v1"
+	storagev1 "k8s.io/api/storage/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/client-go/informers"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/skerry-io/skerry/tunnel/edgeapi"
+)
+
+// Config of a Feed.
+type Config struct {
+	Client kubernetes.Interface // required; reads only
+	Agent  string               // the hub's version, told to nodes
+	Log    *slog.Logger         // nil discards
+}
+
+// Writer does at the API server what a node wrote.
+type Writer interface {
+	Write(ctx context.Context, node string, w edgeapi.Write) edgeapi.WriteResult
+}
+
+// Feed is safe for concurrent use.
+type Feed struct {
+	agent string
+	log   *slog.Logger
+
+	// Immutable after New.
+	sources   []*source // in the order in which a delta carries them
+	byName    map[string]*source
+	factories []informers.SharedInformerFactory
+
+	ready chan struct{} // closed once all informers hold a complete list
+
+	mu    sync.Mutex
+	nodes map[string]map[*conversation]struct{} // by node name
+	users map[edgeapi.Ref]map[*conversation]struct{}
+
+	deltas, objects, wireBytes atomic.Uint64
+}
+
+// scope tells which nodes an object of a resource goes to.
+type scope int
+
+const (
+	everyNode scope = iota // Services and the like
+	ownNode                // the Node with the node's own name
+	boundNode              // pods bound to the node
+	onDemand               // what those name
+)
+
+// source is one resource and the informer that watches it.
+type source struct {
+	resource string
+	kind     string
+	version  string
+	scope    scope
+	rank     int // position in sources
+	indexer  cache.Indexer
+	informer cache.SharedIndexInformer
+}
+
+const byNode = "node"
+
+// New makes a Feed; Run starts it.
+func New(cfg Config) (*Feed, error) {
+	if cfg.Client == nil {
+		return nil, errors.New("feed: Client is required")
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	f := &Feed{
+		agent:  cfg.Agent,
+		log:    cfg.Log,
+		ready:  make(chan struct{}),
+		byName: map[string]*source{},
+		nodes:  map[string]map[*conversation]struct{}{},
+		users:  map[edgeapi.Ref]map[*conversation]struct{}{},
+	}
+	slim := informers.WithTransform(func(obj any) (any, error) {
+		// Nobody downstream reads them, and they are a third of an object.
+		if m, err := meta.Accessor(obj); err == nil {
+			m.SetManagedFields(nil)
+		}
+		return obj, nil
+	})
+	all := informers.NewSharedInformerFactoryWithOptions(cfg.Client, 0, slim)
+	bound := informers.NewSharedInformerFactoryWithOptions(cfg.Client, 0, slim,
+		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
+			o.FieldSelector = fields.OneTermNotEqualSelector("spec.nodeName", "").String()
+		}))
+	f.factories = []informers.SharedInformerFactory{all, bound}
+
+	// What is referred to stands before what refers to it.
+	f.add("nodes", "Node", "v1", ownNode, all.Core().V1().Nodes().Informer())
+	f.add("runtimeclasses", "RuntimeClass", nodev1.SchemeGroupVersion.String(), everyNode, all.Node().V1().RuntimeClasses().Informer())
+	f.add("csidrivers", "CSIDriver", storagev1.SchemeGroupVersion.String(), everyNode, all.Storage().V1().CSIDrivers().Informer())
+	f.add("services", "Service", "v1", everyNode, all.Core().V1().Services().Informer())
+	f.add("configmaps", "ConfigMap", "v1", onDemand, all.Core().V1().ConfigMaps().Informer())
+	f.add("secrets", "Secret", "v1", onDemand, all.Core().V1().Secrets().Informer())
+	f.add("persistentvolumes", "PersistentVolume", "v1", onDemand, all.Core().V1().PersistentVolumes().Informer())
+	f.add("persistentvolumeclaims", "PersistentVolumeClaim", "v1", onDemand, all.Core().V1().PersistentVolumeClaims().Informer())
+	pods := f.add("pods", "Pod", "v1", boundNode, bound.Core().V1().Pods().Informer())
+	if err := pods.informer.AddIndexers(cache.Indexers{byNode: func(obj any) ([]string, error) {
+		return []string{obj.(*corev1.Pod).Spec.NodeName}, nil
+	}}); err != nil {
+		return nil, fmt.Errorf("feed: index pods by node: %w", err)
+	}
+	return f, nil
+}
+
+func (f *Feed) add(resource, kind, version string, sc scope, informer cache.SharedIndexInformer) *source {
+	s := &source{
+		resource: resource, kind: kind, version: version, scope: sc,
+		rank: len(f.sources), informer: informer, indexer: informer.GetIndexer(),
+	}
+	f.sources = append(f.sources, s)
+	f.byName[resource] = s
+	return s
+}
+
+// Run watches the cluster until ctx ends.
+func (f *Feed) Run(ctx context.Context) error {
+	for _, s := range f.sources {
+		// The handlers only mark; they never block the informer.
+		if _, err := s.informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
+			AddFunc:    func(obj any) { f.changed(s, obj) },
+			UpdateFunc: func(_, obj any) { f.changed(s, obj) },
+			DeleteFunc: func(obj any) { f.changed(s, obj) },
+		}); err != nil {
+			return fmt.Errorf("feed: watch %s: %w", s.resource, err)
+		}
+	}
+	for _, factory := range f.factories {
+		factory.StartWithContext(ctx)
+	}
+	started := time.Now()
+	for _, s := range f.sources {
+		if !cache.WaitForCacheSync(ctx.Done(), s.informer.HasSynced) {
+			break
+		}
+	}
+	if ctx.Err() == nil {
+		f.log.Info("cluster objects listed", "took", time.Since(started).Round(time.Millisecond))
+		close(f.ready)
+	}
+	<-ctx.Done()
+	for _, factory := range f.factories {
+		factory.Shutdown()
+	}
+	return nil
+}
+
+// Ready is closed once every informer holds a complete list. No node is served
+// before: a partial set would delete what is missing from it.
+func (f *Feed) Ready() <-chan struct{} { return f.ready }
+
+// Stats of a Feed since its start.
+type Stats struct {
+	Conversations int
+	Deltas        uint64 // sent
+	Objects       uint64 // upserts and deletions in them
+	WireBytes     uint64 // sync bytes sent, after compression
+}
+
+// Stats returns counters since the start.
+func (f *Feed) Stats() Stats {
+	f.mu.Lock()
+	n := 0
+	for _, cs := range f.nodes {
+		n += len(cs)
+	}
+	f.mu.Unlock()
+	return Stats{Conversations: n, Deltas: f.deltas.Load(), Objects: f.objects.Load(), WireBytes: f.wireBytes.Load()}
+}
+
+// changed marks the object for the nodes that it concerns. Its cost is the
+// number of those nodes.
+func (f *Feed) changed(s *source, obj any) {
+	if gone, ok := obj.(cache.DeletedFinalStateUnknown); ok {
+		obj = gone.Obj
+	}
+	m, err := meta.Accessor(obj)
+	if err != nil {
+		f.log.Error("informer delivered no object", "resource", s.resource, "err", err)
+		return
+	}
+	ref := edgeapi.Ref{Resource: s.resource, Namespace: m.GetNamespace(), Name: m.GetName()}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch s.scope {
+	case everyNode:
+		for _, cs := range f.nodes {
+			mark(cs, ref)
+		}
+	case ownNode:
+		mark(f.nodes[ref.Name], ref)
+	case boundNode:
+		if pod, ok := obj.(*corev1.Pod); ok {
+			mark(f.nodes[pod.Spec.NodeName], ref)
+		}
+	case onDemand:
+		mark(f.users[ref], ref)
+	}
+}
+
+func mark(cs map[*conversation]struct{}, ref edgeapi.Ref) {
+	for c := range cs {
+		c.mark(ref)
+	}
+}
+
+// lookup returns the object if it belongs to the node's set. For onDemand
+// resources the caller knows whether the node needs it.
+func (f *Feed) lookup(ref edgeapi.Ref, node string) runtime.Object {
+	s := f.byName[ref.Resource]
+	if s == nil {
+		return nil
+	}
+	key := ref.Name
+	if ref.Namespace != "" {
+		key = ref.Namespace + "/" + ref.Name
+	}
+	obj, ok, err := s.indexer.GetByKey(key)
+	if err != nil || !ok {
+		return nil
+	}
+	switch s.scope {
+	case ownNode:
+		if ref.Name != node {
+			return nil
+		}
+	case boundNode:
+		if obj.(*corev1.Pod).Spec.NodeName != node {
+			return nil
+		}
+	}
+	return obj.(runtime.Object)
+}
+
+// initial returns the refs that every conversation with the node starts from;
+// what pods refer to is found from them.
+func (f *Feed) initial(node string) ([]edgeapi.Ref, error) {
+	refs := []edgeapi.Ref{{Resource: "nodes", Name: node}}
+	for _, s := range f.sources {
+		switch s.scope {
+		case everyNode:
+			for _, obj := range s.indexer.List() {
+				m := obj.(metav1.Object)
+				refs = append(refs, edgeapi.Ref{Resource: s.resource, Namespace: m.GetNamespace(), Name: m.GetName()})
+			}
+		case boundNode:
+			objs, err := s.indexer.ByIndex(byNode, node)
+			if err != nil {
+				return nil, fmt.Errorf("list pods of node %s: %w", node, err)
+			}
+			for _, obj := range objs {
+				m := obj.(metav1.Object)
+				refs = append(refs, edgeapi.Ref{Resource: s.resource, Namespace: m.GetNamespace(), Name: m.GetName()})
+			}
+		}
+	}
+	return refs, nil
+}
