@@ -1,8 +1,11 @@
 package kubelet
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -37,10 +40,61 @@ func (e *CheckError) Error() string {
 	return "kubelet: cannot start: " + strings.Join(lines, " | ")
 }
 
-// Check looks at the host as Run would, and changes nothing but for a probe
-// file it removes again. No finding means that the kubelet can start.
-func Check(ctx context.Context, cfg Config) []Finding { return nil }
+// Check looks at the host as Run would, errors first. It changes nothing but
+// for a probe file that it removes again. No Error among the findings means
+// that the kubelet can start. A runtime that is not there is an Error here,
+// while Run waits for it.
+func Check(ctx context.Context, cfg Config) []Finding {
+	if err := cfg.complete(); err != nil {
+		return []Finding{{Error, "configuration", err.Error(), "correct edgecore's configuration"}}
+	}
+	settings, err := cfg.settings()
+	if err != nil {
+		return []Finding{{Error, "configuration", err.Error(), "correct edgecore's configuration"}}
+	}
+	findings := checkHost(hostAt("/"), &cfg, settings)
 
-func (k *Kubelet) refuseOnErrors(ctx context.Context) error { return nil }
+	info, err := probeRuntime(ctx, cfg.RuntimeEndpoint)
+	var re *runtimeError
+	switch {
+	case errors.As(err, &re):
+		findings = append(findings, re.Finding)
+	case err == nil:
+		findings = append(findings, checkRuntime(&cfg, info)...)
+	}
+	slices.SortStableFunc(findings, func(a, b Finding) int { return cmp.Compare(a.Severity, b.Severity) })
+	return findings
+}
 
-func (k *Kubelet) prepareHost() error { return nil }
+// refuseOnErrors logs what Check would say of the host and fails on an Error.
+func (k *Kubelet) refuseOnErrors(runtime runtimeInfo) error {
+	findings := append(checkHost(hostAt("/"), &k.cfg, k.settings), checkRuntime(&k.cfg, runtime)...)
+	var fatal []Finding
+	for _, f := range findings {
+		if f.Severity == Error {
+			fatal = append(fatal, f)
+			continue
+		}
+		k.cfg.Log.Warn("host check", "subject", f.Subject, "problem", f.Problem, "remedy", f.Remedy)
+	}
+	if len(fatal) > 0 {
+		return &CheckError{Findings: fatal}
+	}
+	return nil
+}
+
+// checkRuntime judges a runtime that answers.
+func checkRuntime(cfg *Config, info runtimeInfo) []Finding {
+	var findings []Finding
+	subject := socketPath(cfg.RuntimeEndpoint)
+	if info.Name != "containerd" {
+		findings = append(findings, Finding{Warning, subject, fmt.Sprintf("the runtime is %s %s; Skerry is tested with containerd", info.Name, info.Version), "use containerd if pods misbehave"})
+	}
+	if !info.NetworkReady {
+		findings = append(findings, Finding{Warning, subject, "the pod network is not ready: " + info.NetworkMessage, "put a CNI configuration into /etc/cni/net.d; until then the node stays NotReady and only pods with hostNetwork run"})
+	}
+	if used := cgroupDriver("", info); cfg.CgroupDriver != "" && cfg.CgroupDriver != used {
+		findings = append(findings, Finding{Error, "cgroup driver", fmt.Sprintf("kubelet.cgroupDriver is %s, but the runtime uses %s", cfg.CgroupDriver, used), "remove kubelet.cgroupDriver, or change SystemdCgroup in the runtime's configuration"})
+	}
+	return findings
+}

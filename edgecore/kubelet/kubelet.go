@@ -69,7 +69,7 @@ func (k *Kubelet) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := k.refuseOnErrors(ctx); err != nil {
+	if err := k.refuseOnErrors(runtime); err != nil {
 		return err
 	}
 	k.settings.CgroupDriver = cgroupDriver(k.cfg.CgroupDriver, runtime)
