@@ -1,0 +1,127 @@
+package controlplane
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+)
+
+// forever is the toleration given to pods for a node that does not answer: an
+// edge node that is cut off keeps its pods, and the Node still says NotReady.
+// A pod may ask for less. In seconds; a hundred years stay within a
+// time.Duration.
+const forever = 100 * 365 * 24 * 3600
+
+// ownFlags are set from Config; a second opinion would split the plane.
+var ownFlags = map[string]string{
+	"bind-address":             "the API server's listen address",
+	"secure-port":              "the API server's listen address",
+	"advertise-address":        "the advertise address",
+	"etcd-servers":             "the external etcd endpoints",
+	"service-cluster-ip-range": "the service CIDR",
+	"leader-elect":             "nothing: losing an election would end the whole process",
+	"kubeconfig":               "nothing: the plane's own identities are used",
+}
+
+// checkArgs refuses pass-through flags that cannot work, before anything
+// starts.
+func checkArgs(cfg Config) error {
+	for component, args := range map[string][]string{
+		"API server": cfg.APIServerArgs, "controller manager": cfg.ControllerManagerArgs, "scheduler": cfg.SchedulerArgs,
+	} {
+		for _, arg := range args {
+			name, isFlag := flagName(arg)
+			if !isFlag {
+				return fmt.Errorf("control plane: %s argument %q is not a flag; write it as --name=value", component, arg)
+			}
+			if use, own := ownFlags[name]; own {
+				return fmt.Errorf("control plane: %s argument --%s is set by the hub; change %s instead", component, name, use)
+			}
+			if name == "feature-gates" && component != "API server" {
+				return fmt.Errorf("control plane: %s argument --feature-gates: the components share one set of gates; give it as an API server argument", component)
+			}
+		}
+	}
+	return nil
+}
+
+func flagName(arg string) (string, bool) {
+	name, ok := strings.CutPrefix(arg, "--")
+	if !ok {
+		return "", false
+	}
+	name, _, _ = strings.Cut(name, "=")
+	return strings.ReplaceAll(name, "_", "-"), name != ""
+}
+
+func (p *Plane) apiServerFlags(etcd []string, n names) []string {
+	pki := p.pkiFile
+	flags := []string{
+		"--etcd-servers=" + strings.Join(etcd, ","),
+		"--secure-port=" + strconv.Itoa(n.port),
+		"--service-cluster-ip-range=" + p.service.String(),
+		"--authorization-mode=Node,RBAC",
+		"--enable-admission-plugins=NodeRestriction",
+		"--allow-privileged=true",
+		"--profiling=false",
+
+		"--tls-cert-file=" + pki("apiserver.crt"),
+		"--tls-private-key-file=" + pki("apiserver.key"),
+		"--client-ca-file=" + pki("ca.crt"),
+
+		"--kubelet-certificate-authority=" + pki("ca.crt"),
+		"--kubelet-client-certificate=" + pki("apiserver-kubelet-client.crt"),
+		"--kubelet-client-key=" + pki("apiserver-kubelet-client.key"),
+		"--kubelet-preferred-address-types=InternalIP",
+
+		"--requestheader-client-ca-file=" + pki("front-proxy-ca.crt"),
+		"--requestheader-allowed-names=" + frontProxyName,
+		"--requestheader-username-headers=X-Remote-User",
+		"--requestheader-group-headers=X-Remote-Group",
+		"--requestheader-extra-headers-prefix=X-Remote-Extra-",
+		"--proxy-client-cert-file=" + pki("front-proxy-client.crt"),
+		"--proxy-client-key-file=" + pki("front-proxy-client.key"),
+
+		"--service-account-issuer=https://kubernetes.default.svc.cluster.local",
+		"--service-account-key-file=" + pki("sa.pub"),
+		"--service-account-signing-key-file=" + pki("sa.key"),
+
+		"--default-not-ready-toleration-seconds=" + strconv.Itoa(forever),
+		"--default-unreachable-toleration-seconds=" + strconv.Itoa(forever),
+	}
+	if n.advertise != nil {
+		flags = append(flags, "--advertise-address="+n.advertise.String())
+	} else {
+		flags = append(flags, "--advertise-address=127.0.0.1", "--endpoint-reconciler-type=none")
+	}
+	return append(flags, p.cfg.APIServerArgs...)
+}
+
+func (p *Plane) controllerManagerFlags() []string {
+	pki := p.pkiFile
+	return append([]string{
+		"--kubeconfig=" + p.componentKubeconfig("controller-manager"),
+		"--leader-elect=false",
+		"--secure-port=0", // no port and no delegated authentication
+		"--profiling=false",
+		"--use-service-account-credentials=true",
+		"--service-account-private-key-file=" + pki("sa.key"),
+		"--root-ca-file=" + pki("ca.crt"),
+		"--cluster-signing-cert-file=" + pki("ca.crt"),
+		"--cluster-signing-key-file=" + pki("ca.key"),
+		"--service-cluster-ip-range=" + p.service.String(),
+		// With an identity per controller, booting makes some 100 requests one
+		// after the other; the default of 20 a second makes that five seconds.
+		"--kube-api-qps=1000",
+		"--kube-api-burst=2000",
+	}, p.cfg.ControllerManagerArgs...)
+}
+
+func (p *Plane) schedulerFlags() []string {
+	return append([]string{
+		"--kubeconfig=" + p.componentKubeconfig("scheduler"),
+		"--leader-elect=false",
+		"--secure-port=0",
+		"--profiling=false",
+	}, p.cfg.SchedulerArgs...)
+}

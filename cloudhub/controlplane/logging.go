@@ -1,0 +1,104 @@
+package controlplane
+
+import (
+	"context"
+	"log/slog"
+	"strings"
+
+	"go.uber.org/zap/zapcore"
+	"k8s.io/klog/v2"
+)
+
+// RedirectKlog sends what the Kubernetes libraries log to log. It is for the
+// whole process: call it once in main, before any of them runs.
+//
+// The libraries log their normal course as information and every failure they
+// will retry as an error. In a hub's log both are a level less.
+func RedirectKlog(log *slog.Logger) {
+	klog.SetSlogLogger(slog.New(demoted{log.Handler()}).With("component", "kubernetes"))
+}
+
+// demoted logs errors as warnings and information as debug output.
+type demoted struct{ next slog.Handler }
+
+func demote(l slog.Level) slog.Level {
+	switch {
+	case l >= slog.LevelWarn:
+		return slog.LevelWarn
+	case l >= slog.LevelDebug:
+		return slog.LevelDebug
+	}
+	return l
+}
+
+func (d demoted) Enabled(ctx context.Context, l slog.Level) bool {
+	return d.next.Enabled(ctx, demote(l))
+}
+
+func (d demoted) Handle(ctx context.Context, r slog.Record) error {
+	r.Level = demote(r.Level)
+	return d.next.Handle(ctx, r)
+}
+
+func (d demoted) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return demoted{d.next.WithAttrs(attrs)}
+}
+
+func (d demoted) WithGroup(name string) slog.Handler { return demoted{d.next.WithGroup(name)} }
+
+// zapCore sends etcd's log to slog: its information and warnings as debug
+// output (it warns of every slow request on a busy disk), its errors as
+// warnings.
+type zapCore struct {
+	log    *slog.Logger
+	fields []zapcore.Field
+}
+
+func (c *zapCore) level(l zapcore.Level) slog.Level {
+	if l >= zapcore.ErrorLevel {
+		return slog.LevelWarn
+	}
+	return slog.LevelDebug
+}
+
+// Enabled implements zapcore.Core.
+func (c *zapCore) Enabled(l zapcore.Level) bool {
+	return c.log.Enabled(context.Background(), c.level(l))
+}
+
+// With implements zapcore.Core.
+func (c *zapCore) With(fields []zapcore.Field) zapcore.Core {
+	return &zapCore{log: c.log, fields: append(c.fields[:len(c.fields):len(c.fields)], fields...)}
+}
+
+// Check implements zapcore.Core.
+func (c *zapCore) Check(e zapcore.Entry, checked *zapcore.CheckedEntry) *zapcore.CheckedEntry {
+	if c.Enabled(e.Level) {
+		return checked.AddCore(e, c)
+	}
+	return checked
+}
+
+// Write implements zapcore.Core.
+func (c *zapCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
+	enc := zapcore.NewMapObjectEncoder()
+	for _, f := range c.fields {
+		f.AddTo(enc)
+	}
+	for _, f := range fields {
+		f.AddTo(enc)
+	}
+	level := c.level(e.Level)
+	if err, _ := enc.Fields["error"].(string); strings.Contains(err, "server closed") {
+		level = slog.LevelDebug // how its listeners end on a clean stop
+	}
+	attrs := make([]slog.Attr, 0, len(enc.Fields))
+	for k, v := range enc.Fields {
+		attrs = append(attrs, slog.Any(k, v))
+	}
+	c.log.LogAttrs(context.Background(), level, e.Message, attrs...)
+	return nil
+}
+
+// Sync implements zapcore.Core.
+func (c *zapCore) Sync() error { return nil }
