@@ -1,0 +1,222 @@
+package machine
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+)
+
+const maxIndex = 250
+
+// LinkCut says how the machine loses its network.
+type LinkCut int
+
+const (
+	// LinkDown pulls the cable: both ends see the carrier go.
+	LinkDown LinkCut = iota
+	// LinkBlackhole keeps the carrier and loses every packet both ways, as a
+	// dead router on the way does: connections become half open.
+	LinkBlackhole
+)
+
+// IP returns the machine's address, as the host reaches it.
+func (m *Machine) IP() string { return fmt.Sprintf("10.199.%d.2", m.cfg.Index) }
+
+// HostIP returns the host's address, as the machine reaches it. It exists from
+// Prepare or the first Start until Destroy, also while the machine is off.
+func (m *Machine) HostIP() string { return fmt.Sprintf("10.199.%d.1", m.cfg.Index) }
+
+// PodSubnet returns the network of the machine's pods.
+func (m *Machine) PodSubnet() string { return fmt.Sprintf("10.200.%d.0/24", m.cfg.Index) }
+
+// Index returns the number that picked the networks.
+func (m *Machine) Index() int { return m.cfg.Index }
+
+func (m *Machine) bridge() string   { return fmt.Sprintf("skbr%d", m.cfg.Index) }
+func (m *Machine) hostLink() string { return fmt.Sprintf("skve%d", m.cfg.Index) }
+
+// Prepare makes the host's end of the network, so that a server can listen on
+// HostIP before the machine is on. Start does it otherwise.
+func (m *Machine) Prepare(ctx context.Context) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.prepareLocked(ctx)
+}
+
+func (m *Machine) prepareLocked(ctx context.Context) error {
+	if m.prepared {
+		return nil
+	}
+	// Ours by the index lock: what is there was left by a process that died.
+	if err := m.removeBridge(ctx); err != nil {
+		return err
+	}
+	for _, args := range [][]string{
+		{"link", "add", m.bridge(), "type", "bridge", "forward_delay", "0"},
+		{"addr", "add", m.HostIP() + "/30", "dev", m.bridge()},
+		{"link", "set", m.bridge(), "up"},
+		{"route", "add", m.PodSubnet(), "via", m.IP(), "dev", m.bridge()},
+	} {
+		if err := ip(ctx, args...); err != nil {
+			return fmt.Errorf("machine %s: prepare the network: %w", m.cfg.Name, err)
+		}
+	}
+	m.prepared = true
+	return nil
+}
+
+// connectLink gives the network namespace of pid its eth0.
+func (m *Machine) connectLink(ctx context.Context, pid int) error {
+	if err := ip(ctx, "link", "add", m.hostLink(), "type", "veth", "peer", "name", "eth0", "netns", fmt.Sprint(pid)); err != nil {
+		return err
+	}
+	return ip(ctx, "link", "set", m.hostLink(), "master", m.bridge(), "up")
+}
+
+// CutLink takes the machine's network away until RestoreLink.
+func (m *Machine) CutLink(ctx context.Context, how LinkCut) error {
+	m.linkMu.Lock()
+	defer m.linkMu.Unlock()
+	args := []string{"link", "set", m.hostLink(), "down"}
+	if how == LinkBlackhole {
+		args = []string{"link", "set", m.hostLink(), "nomaster"}
+	}
+	if err := ip(ctx, args...); err != nil {
+		return fmt.Errorf("machine %s: cut the link: %w", m.cfg.Name, err)
+	}
+	return nil
+}
+
+// RestoreLink undoes CutLink.
+func (m *Machine) RestoreLink(ctx context.Context) error {
+	m.linkMu.Lock()
+	defer m.linkMu.Unlock()
+	if err := ip(ctx, "link", "set", m.hostLink(), "master", m.bridge(), "up"); err != nil {
+		return fmt.Errorf("machine %s: restore the link: %w", m.cfg.Name, err)
+	}
+	return nil
+}
+
+// awaitLinkGone waits until the kernel has taken away the veth pair: it does
+// so some time after the last process in the network namespace has gone.
+func (m *Machine) awaitLinkGone(ctx context.Context) error {
+	err := poll(ctx, 20*time.Second, func() (bool, error) { return !linkExists(m.hostLink()), nil })
+	if err != nil {
+		return fmt.Errorf("machine %s: link %s is still there after power off: %w", m.cfg.Name, m.hostLink(), err)
+	}
+	return nil
+}
+
+func (m *Machine) removeBridge(ctx context.Context) error {
+	for _, link := range []string{m.hostLink(), m.bridge()} {
+		if !linkExists(link) {
+			continue
+		}
+		if err := ip(ctx, "link", "del", link); err != nil && linkExists(link) {
+			return fmt.Errorf("machine %s: remove link %s: %w", m.cfg.Name, link, err)
+		}
+	}
+	m.prepared = false
+	return nil
+}
+
+// claimIndex reserves the machine's index on this host until the machine and
+// this process have let go of it, without leaving a file behind: the lock is
+// an abstract unix socket.
+func (m *Machine) claimIndex() error {
+	if m.cfg.Index < 0 || m.cfg.Index > maxIndex {
+		return fmt.Errorf("machine %s: index %d is not in 1..%d", m.cfg.Name, m.cfg.Index, maxIndex)
+	}
+	first, last := m.cfg.Index, m.cfg.Index
+	if m.cfg.Index == 0 {
+		first, last = 1, maxIndex
+	}
+	for i := first; i <= last; i++ {
+		l, err := net.Listen("unix", fmt.Sprintf("@skerry-machine-%d", i))
+		if err != nil {
+			continue
+		}
+		m.lock, m.cfg.Index = l, i
+		return nil
+	}
+	if m.cfg.Index != 0 {
+		return fmt.Errorf("machine %s: index %d is in use by another machine on this host", m.cfg.Name, m.cfg.Index)
+	}
+	return fmt.Errorf("machine %s: all %d indexes are in use on this host", m.cfg.Name, maxIndex)
+}
+
+// lockFile returns the index lock for pid 1 to hold as well.
+func (m *Machine) lockFile() (*os.File, error) {
+	if m.lock == nil { // adopted from another process, and powered off since
+		if err := m.claimIndex(); err != nil {
+			return nil, err
+		}
+	}
+	return m.lock.(*net.UnixListener).File()
+}
+
+func linkExists(name string) bool {
+	_, err := os.Lstat("/sys/class/net/" + name)
+	return err == nil
+}
+
+func ip(ctx context.Context, args ...string) error {
+	_, err := output(ctx, "ip", args...)
+	return err
+}
+
+// output runs a program of the host and returns what it printed; its error
+// carries the command and what it said.
+func output(ctx context.Context, name string, args ...string) ([]byte, error) {
+	path, err := lookPath(name)
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.CommandContext(ctx, path, args...)
+	var out, msg bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &msg
+	if err := cmd.Run(); err != nil {
+		return out.Bytes(), fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, bytes.TrimSpace(msg.Bytes()))
+	}
+	return out.Bytes(), nil
+}
+
+// lookPath also looks where a user's PATH often does not lead.
+func lookPath(name string) (string, error) {
+	if p, err := exec.LookPath(name); err == nil {
+		return p, nil
+	}
+	for _, dir := range []string{"/usr/sbin", "/sbin"} {
+		if p, err := exec.LookPath(dir + "/" + name); err == nil {
+			return p, nil
+		}
+	}
+	return "", fmt.Errorf("%s is not installed; run `make deps`", name)
+}
+
+var errTimeout = errors.New("timed out")
+
+// poll asks until done says yes, an error comes, ctx ends or limit has passed.
+func poll(ctx context.Context, limit time.Duration, done func() (bool, error)) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, errTimeout)
+	defer cancel()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		ok, err := done()
+		if ok || err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-tick.C:
+		}
+	}
+}
