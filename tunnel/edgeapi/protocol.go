@@ -153,7 +153,8 @@ const (
 	// OpStatus asserts the object's status as the node sees it; Body is the
 	// whole object.
 	OpStatus = "status"
-	// OpUpdate asserts the whole object, for kinds that the node owns.
+	// OpUpdate asserts the whole object, for kinds that the node owns; of its
+	// Node only the label and annotation keys that the write names.
 	OpUpdate = "update"
 	// OpDelete confirms a deletion: grace period 0, with the UID as its
 	// precondition.
@@ -170,6 +171,10 @@ type Write struct {
 	Ref
 	UID  string          `json:"uid,omitempty"`
 	Body json.RawMessage `json:"body,omitempty"`
+	// Labels and Annotations are the keys that an OpUpdate of a Node sets from
+	// Body, or removes when absent there.
+	Labels      []string `json:"labels,omitempty"`
+	Annotations []string `json:"annotations,omitempty"`
 }
 
 // WriteResult answers the Write with the same ID, in the order of the writes.

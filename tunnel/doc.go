@@ -1,0 +1,24 @@
+// Package tunnel owns the one WebSocket between an edge node and the hub: it
+// carries many independent byte streams over it, shares the link between them
+// by class and fairness, notices when the link is dead, and brings it back.
+//
+// A Session is one WebSocket. Both ends Open and Accept streams; a Stream is a
+// net.Conn with half-close and reset. Opening costs no round trip. Each stream
+// has its own credit and there is no credit for the whole connection, so a
+// stream nobody reads never stops another. Dialer brings an edge's session up
+// and keeps it up; Upgrade takes one in at the hub. The wire format is in
+// protocol.go.
+//
+// Delivery and order: bytes of one stream arrive in order and once, or the
+// stream ends with an error; nothing is promised between streams. Write returns
+// when its bytes are in a message on their way, not when the peer has them.
+//
+// The package knows nothing of Kubernetes, authenticates nobody (the caller's
+// TLS configuration does) and starts no listener.
+//
+// Not here yet, though the structure leaves their place: parking idle sessions
+// on epoll (readMessage keeps no state on the stack between messages), taking
+// byte streams over to a new connection (credit is absolute and HELLO carries
+// unknown settings through), and the bound on bulk in flight, which would
+// limit what fillLocked takes from the stream class.
+package tunnel

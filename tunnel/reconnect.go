@@ -1,0 +1,237 @@
+package tunnel
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+)
+
+// Backoff shapes reconnecting. Waits are drawn evenly from zero to a bound (full
+// jitter), so that edges that lost their hub together do not return together.
+type Backoff struct {
+	First  time.Duration // bound after a session that lived; zero means 250 ms
+	Base   time.Duration // first bound otherwise; zero means 500 ms; doubles
+	Max    time.Duration // largest bound; zero means 30 s
+	Lived  time.Duration // a session that lived this long counts as good; zero means 60 s
+	Denied time.Duration // bound once the hub rejects this edge; zero means 5 min
+}
+
+func (b Backoff) withDefaults() Backoff {
+	setDuration(&b.First, 250*time.Millisecond)
+	setDuration(&b.Base, 500*time.Millisecond)
+	setDuration(&b.Max, 30*time.Second)
+	setDuration(&b.Lived, time.Minute)
+	setDuration(&b.Denied, 5*time.Minute)
+	return b
+}
+
+// wait returns how long to wait before the next attempt, after failures in a
+// row (1 or more) the last of which was err.
+func (b Backoff) wait(failures int, err error) time.Duration {
+	bound := b.Max
+	if shift := failures - 1; shift < 30 {
+		bound = min(b.Base<<shift, b.Max)
+	}
+	var de *DialError
+	if !errors.As(err, &de) {
+		return jitter(bound)
+	}
+	if de.Reason == DialRejected || de.Reason == DialGone {
+		bound = b.Denied
+		return bound/2 + jitter(bound/2)
+	}
+	if de.RetryAfter > 0 {
+		// The hub spreads its edges itself; a tenth more keeps those of one
+		// second apart.
+		return de.RetryAfter + jitter(de.RetryAfter/10+b.First)
+	}
+	return jitter(bound)
+}
+
+func jitter(bound time.Duration) time.Duration {
+	return time.Duration(rand.Int64N(int64(bound) + 1))
+}
+
+// Run keeps a session up until ctx ends or Retry says so. For each session it
+// calls serve, whose context ends with the session; serve should return then,
+// and if it returns earlier the session is closed and another one dialled.
+//
+// When the hub drains a session, Run dials the next one first: for that time
+// serve runs twice, and the older call should let its streams finish.
+func (d *Dialer) Run(ctx context.Context, serve func(ctx context.Context, s *Session) error) error {
+	r := runner{d: d, serve: serve, backoff: d.Backoff.withDefaults(), log: d.Log}
+	if r.log == nil {
+		r.log = slog.New(slog.DiscardHandler)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer r.served.Wait()
+	defer cancel()
+	for {
+		s, err := r.connect(ctx)
+		if err != nil {
+			return err
+		}
+		h := r.start(ctx, s)
+		select {
+		case <-h.done:
+		case <-s.Draining():
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err := r.plan(h); err != nil {
+			return err
+		}
+	}
+}
+
+type runner struct {
+	d       *Dialer
+	serve   func(ctx context.Context, s *Session) error
+	backoff Backoff
+	log     *slog.Logger
+	served  sync.WaitGroup
+
+	old      *held         // being drained beside the current one
+	failures int           // in a row
+	failed   DialReason    // of the last failure, so that equal ones are logged once
+	pause    time.Duration // before the next attempt
+	next     string        // URL a drained hub named for the next attempt
+}
+
+// held is a session with its serve call.
+type held struct {
+	s     *Session
+	since time.Time
+	done  chan struct{} // closed when serve has returned and the session is closed
+	err   error         // what serve returned; valid once done is closed
+}
+
+// start serves a session until it, serve or ctx ends.
+func (r *runner) start(ctx context.Context, s *Session) *held {
+	h := &held{s: s, since: time.Now(), done: make(chan struct{})}
+	r.served.Go(func() {
+		defer close(h.done)
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		stop := context.AfterFunc(ctx, func() { s.end(&CloseError{Code: CloseNormal}, true) })
+		defer stop()
+		r.served.Go(func() {
+			<-s.Done()
+			cancel()
+		})
+		h.err = r.serve(ctx, s)
+		_ = s.Close()
+	})
+	return h
+}
+
+// plan decides when and where to dial after h ended or began to drain.
+func (r *runner) plan(h *held) error {
+	if g, ok := h.s.GoAway(); ok && g.Deadline > 0 {
+		r.drain(h, g)
+		return nil
+	}
+	lived := time.Since(h.since)
+	err := h.s.Err()
+	r.log.Warn("tunnel: session ended", "err", err, "serve", h.err, "lived", lived.Round(time.Second))
+	var closed *CloseError
+	remote := errors.As(err, &closed) && closed.Remote
+	switch {
+	case remote && closed.Code == CloseRevoked:
+		r.failures++
+		r.pause = r.backoff.Denied/2 + jitter(r.backoff.Denied/2)
+	case remote && closed.Code == CloseReplaced:
+		// Somebody else uses this edge's identity; coming back at once would
+		// only throw them out in turn.
+		r.failures++
+		r.pause = r.backoff.Max/2 + jitter(r.backoff.Max/2)
+	case lived >= r.backoff.Lived:
+		r.failures = 0
+		r.pause = jitter(r.backoff.First)
+	default:
+		r.failures++
+		r.pause = r.backoff.wait(r.failures, err)
+	}
+	if r.d.Retry != nil {
+		return r.d.Retry(err, r.pause)
+	}
+	return nil
+}
+
+// drain lets h finish while the next session is dialled. Two at once are
+// enough: one that was still finishing before is closed.
+func (r *runner) drain(h *held, g GoAway) {
+	if r.old != nil {
+		r.old.s.end(&CloseError{Code: CloseDrain}, true)
+	}
+	r.old = h
+	r.failures, r.pause, r.next = 0, g.Slot+jitter(r.backoff.First), ""
+	if _, err := hubURL(g.Alternate); err == nil {
+		r.next = g.Alternate
+	}
+	r.log.Info("tunnel: session is being drained", "reason", g.Reason, "deadline", g.Deadline, "wait", r.pause, "next", r.next)
+}
+
+// connect attempts until there is a session.
+func (r *runner) connect(ctx context.Context) (*Session, error) {
+	for {
+		if err := sleep(ctx, r.pause); err != nil {
+			return nil, err
+		}
+		url := r.d.URL
+		if r.next != "" {
+			url, r.next = r.next, "" // once; if it fails, back to the known hub
+		}
+		s, err := r.d.dial(ctx, url)
+		if err == nil {
+			r.failed = ""
+			r.log.Info("tunnel: connected", "url", url, "attempt", r.failures+1)
+			return s, nil
+		}
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		if err := r.fail(err); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// fail plans the next attempt.
+func (r *runner) fail(err error) error {
+	r.failures++
+	r.pause = r.backoff.wait(r.failures, err)
+	reason := DialLost
+	var de *DialError
+	if errors.As(err, &de) {
+		reason = de.Reason
+	}
+	if reason != r.failed {
+		r.log.Warn("tunnel: not connected, will retry", "err", err, "wait", r.pause)
+		r.failed = reason
+	} else {
+		r.log.Debug("tunnel: not connected, will retry", "err", err, "wait", r.pause)
+	}
+	if r.d.Retry != nil {
+		return r.d.Retry(err, r.pause)
+	}
+	return nil
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	if d <= 0 {
+		return ctx.Err()
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
