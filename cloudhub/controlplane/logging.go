@@ -13,38 +13,50 @@ import (
 // whole process: call it once in main, before any of them runs.
 //
 // The libraries log their normal course as information and every failure they
-// will retry as an error. In a hub's log both are a level less.
-func RedirectKlog(log *slog.Logger) {
-	klog.SetSlogLogger(slog.New(demoted{log.Handler()}).With("component", "kubernetes"))
+// will retry as an error. In a hub's log both are a level less. From when ctx
+// ends, which should be when the plane is told to stop, everything is debug
+// output: components that are stopped in order report each other's absence.
+func RedirectKlog(ctx context.Context, log *slog.Logger) {
+	klog.SetSlogLogger(slog.New(demoted{next: log.Handler(), stopping: ctx.Done()}).With("component", "kubernetes"))
 }
 
 // demoted logs errors as warnings and information as debug output.
-type demoted struct{ next slog.Handler }
+type demoted struct {
+	next     slog.Handler
+	stopping <-chan struct{}
+}
 
-func demote(l slog.Level) slog.Level {
-	switch {
-	case l >= slog.LevelWarn:
-		return slog.LevelWarn
-	case l >= slog.LevelDebug:
+func (d demoted) level(l slog.Level) slog.Level {
+	if l < slog.LevelDebug {
+		return l
+	}
+	if l < slog.LevelWarn {
 		return slog.LevelDebug
 	}
-	return l
+	select {
+	case <-d.stopping:
+		return slog.LevelDebug
+	default:
+		return slog.LevelWarn
+	}
 }
 
 func (d demoted) Enabled(ctx context.Context, l slog.Level) bool {
-	return d.next.Enabled(ctx, demote(l))
+	return d.next.Enabled(ctx, d.level(l))
 }
 
 func (d demoted) Handle(ctx context.Context, r slog.Record) error {
-	r.Level = demote(r.Level)
+	r.Level = d.level(r.Level)
 	return d.next.Handle(ctx, r)
 }
 
 func (d demoted) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return demoted{d.next.WithAttrs(attrs)}
+	return demoted{d.next.WithAttrs(attrs), d.stopping}
 }
 
-func (d demoted) WithGroup(name string) slog.Handler { return demoted{d.next.WithGroup(name)} }
+func (d demoted) WithGroup(name string) slog.Handler {
+	return demoted{d.next.WithGroup(name), d.stopping}
+}
 
 // zapCore sends etcd's log to slog: its information and warnings as debug
 // output (it warns of every slow request on a busy disk), its errors as

@@ -210,6 +210,7 @@ func (p *Plane) runLayers(ctx context.Context, dir *dataDir, listener net.Listen
 		defer store.Close()
 		go store.watch(fail)
 		endpoints = []string{store.endpoint()}
+		p.log.Debug("etcd is ready", "after", time.Since(started).Round(time.Millisecond))
 	}
 
 	api, err := newAPIServer(ctx, p.cfg, p.apiServerFlags(endpoints, names), listener)
@@ -235,6 +236,7 @@ func (p *Plane) runLayers(ctx context.Context, dir *dataDir, listener net.Listen
 		return err
 	}
 	close(p.ready)
+	p.log.Info("control plane is ready", "after", time.Since(started).Round(time.Millisecond))
 
 	<-ctx.Done()
 	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
