@@ -71,9 +71,13 @@ func (r *Renewer) Run(ctx context.Context) error {
 		if retry == 0 {
 			due = r.id.renewIn()
 		}
-		if kicked, ended := r.wait(ctx, min(due, lookAgain)); ended {
+		bounded := due
+		if retry == 0 {
+			bounded = min(due, lookAgain)
+		}
+		if kicked, ended := r.wait(ctx, bounded); ended {
 			return nil
-		} else if !kicked && due > lookAgain {
+		} else if !kicked && retry == 0 && due > lookAgain {
 			continue
 		}
 
