@@ -170,6 +170,11 @@ func (r *runner) drain(h *held, g GoAway) {
 	}
 	r.old = h
 	r.failures, r.pause, r.next = 0, g.Slot+jitter(r.backoff.First), ""
+	if time.Since(h.since) < r.backoff.Lived {
+		// A hub that drains whatever comes must not be hammered.
+		r.failures++
+		r.pause = g.Slot + r.backoff.wait(r.failures, nil)
+	}
 	if _, err := hubURL(g.Alternate); err == nil {
 		r.next = g.Alternate
 	}
