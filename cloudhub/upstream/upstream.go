@@ -143,6 +143,8 @@ func (u *Upstream) do(ctx context.Context, node string, w edgeapi.Write) (types.
 		return u.podStatus(ctx, w)
 	case w.Op == edgeapi.OpStatus && w.Resource == "nodes":
 		return u.nodeStatus(ctx, node, w)
+	case w.Op == edgeapi.OpUpdate && w.Resource == "nodes":
+		return u.nodeMetadata(ctx, w)
 	case w.Op == edgeapi.OpCreate && w.Resource == "nodes":
 		return u.createNode(ctx, node, w)
 	case w.Op == edgeapi.OpCreate && w.Resource == "pods":

@@ -174,6 +174,38 @@ func mergeOwned(cloud, node map[string]string) map[string]string {
 	return out
 }
 
+// nodeMetadata sets or removes the label and annotation keys that were changed
+// on the node; NodeRestriction judges which it may.
+func (u *Upstream) nodeMetadata(ctx context.Context, w edgeapi.Write) (types.UID, error) {
+	var mine corev1.Node
+	if err := decode(w, &mine); err != nil {
+		return "", err
+	}
+	values := func(keys []string, from map[string]string) map[string]any {
+		out := map[string]any{}
+		for _, k := range keys {
+			if v, ok := from[k]; ok {
+				out[k] = v
+			} else {
+				out[k] = nil // removes it
+			}
+		}
+		return out
+	}
+	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{
+		"labels":      values(w.Labels, mine.Labels),
+		"annotations": values(w.Annotations, mine.Annotations),
+	}})
+	if err != nil {
+		return "", err
+	}
+	got, err := u.client.CoreV1().Nodes().Patch(ctx, w.Name, types.MergePatchType, patch, metav1.PatchOptions{})
+	if err != nil {
+		return "", err
+	}
+	return got.UID, nil
+}
+
 // createNode registers the node; one that is there already is taken over, as
 // the kubelet does.
 func (u *Upstream) createNode(ctx context.Context, node string, w edgeapi.Write) (types.UID, error) {
@@ -214,12 +246,17 @@ func (u *Upstream) createMirrorPod(ctx context.Context, w edgeapi.Write) (types.
 		if getErr != nil {
 			return "", getErr
 		}
-		if cur.Annotations[corev1.MirrorPodAnnotationKey] == hash && cur.DeletionTimestamp == nil {
-			return cur.UID, nil
+		if cur.Annotations[corev1.MirrorPodAnnotationKey] != hash || cur.DeletionTimestamp != nil {
+			return "", err
 		}
-		return "", err
+		got, err = cur, nil
 	}
 	if err != nil {
+		return "", err
+	}
+	// A create drops the status; it follows at once.
+	w.UID = ""
+	if _, err := u.podStatus(ctx, w); err != nil {
 		return "", err
 	}
 	return got.UID, nil

@@ -1,0 +1,299 @@
+// Package edges knows which nodes are connected, where and since when. It
+// takes their tunnels, serves the streams on them, opens streams to kubelets,
+// and tells the cluster that a node is alive for as long as its tunnel is.
+//
+// A node is who its certificate says; nothing a node sends names it. The newest
+// authenticated tunnel of a node wins and ends the older one.
+//
+// The package never reads or writes Kubernetes objects other than the Lease
+// that stands for a node's heartbeat: objects go down through cloudhub/feed and
+// up through cloudhub/upstream. It never renews the Lease of a silent node: the
+// cluster shall see the truth.
+package edges
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"k8s.io/client-go/kubernetes"
+
+	"github.com/skerry-io/skerry/cloudhub/enroll"
+	"github.com/skerry-io/skerry/cloudhub/feed"
+	"github.com/skerry-io/skerry/tunnel"
+	"github.com/skerry-io/skerry/tunnel/edgeapi"
+)
+
+// apiBacklog is how many API connections of a node may wait to be served.
+const apiBacklog = 32
+
+// Registry tells who a node is. See enroll.Enroll.
+type Registry interface {
+	// Identify tells which node shows the certificate, or refuses it.
+	Identify(cert *x509.Certificate) (enroll.NodeRecord, error)
+	// Current reports whether what Identify returned still stands.
+	Current(rec enroll.NodeRecord) bool
+	// NodeByIP returns the node with that virtual IP.
+	NodeByIP(ip netip.Addr) (name string, ok bool)
+}
+
+// Syncer holds the sync conversation with a node. See feed.Feed.Serve.
+type Syncer interface {
+	Serve(ctx context.Context, node string, conn *edgeapi.Conn, w feed.Writer) error
+}
+
+// Upstream acts at the API server as a node. See upstream.Upstream.
+type Upstream interface {
+	feed.Writer
+	Relay(ctx context.Context, node string, conns net.Listener) error
+}
+
+// Config of Edges. All but Tunnel, Clock and Log are required.
+type Config struct {
+	Registry Registry
+	Feed     Syncer
+	Upstream Upstream
+	Client   kubernetes.Interface // for Leases
+	Tunnel   tunnel.Config
+	Clock    func() time.Time // nil means time.Now
+	Log      *slog.Logger     // nil discards
+}
+
+// Edges is safe for concurrent use.
+type Edges struct {
+	cfg Config
+	log *slog.Logger
+	now func() time.Time
+
+	kubelets *http.Client // by node name, over the tunnels
+
+	started chan struct{} // closed by Run
+	ctx     context.Context
+	wg      sync.WaitGroup // sessions
+
+	mu       sync.Mutex
+	stopped  bool
+	nodes    map[string]*edge     // connected
+	lastSeen map[string]time.Time // when a node that is away was last heard
+}
+
+// edge is one connected tunnel.
+type edge struct {
+	name       string
+	enrollment string
+	session    *tunnel.Session
+	remote     string
+	since      time.Time
+	cancel     context.CancelFunc
+}
+
+// New checks cfg; it starts nothing.
+func New(cfg Config) (*Edges, error) {
+	if cfg.Registry == nil || cfg.Feed == nil || cfg.Upstream == nil || cfg.Client == nil {
+		return nil, errors.New("edges: Registry, Feed, Upstream and Client are required")
+	}
+	if cfg.Clock == nil {
+		cfg.Clock = time.Now
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	e := &Edges{
+		cfg: cfg, log: cfg.Log, now: cfg.Clock,
+		started:  make(chan struct{}),
+		nodes:    map[string]*edge{},
+		lastSeen: map[string]time.Time{},
+	}
+	e.kubelets = e.kubeletClient()
+	return e, nil
+}
+
+// Run renews the Leases of connected nodes until ctx ends, then ends all
+// tunnels and waits for what they carried.
+func (e *Edges) Run(ctx context.Context) error {
+	e.ctx = ctx
+	close(e.started)
+	e.renewLeases(ctx)
+	e.mu.Lock()
+	e.stopped = true
+	for _, n := range e.nodes {
+		n.session.CloseWith(tunnel.CloseDrain, "the hub is stopping")
+	}
+	e.mu.Unlock()
+	e.wg.Wait()
+	e.kubelets.CloseIdleConnections()
+	return nil
+}
+
+// ServeHTTP takes a node's tunnel. The request's TLS connection must carry a
+// verified client certificate.
+func (e *Edges) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	select {
+	case <-e.started:
+	default:
+		w.Header().Set("Retry-After", "1")
+		http.Error(w, "the hub is starting", http.StatusServiceUnavailable)
+		return
+	}
+	if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 {
+		http.Error(w, "a node certificate is required: join this node first", http.StatusUnauthorized)
+		return
+	}
+	rec, err := e.cfg.Registry.Identify(r.TLS.PeerCertificates[0])
+	if err != nil {
+		e.log.Warn("tunnel refused", "remote", r.RemoteAddr, "err", err)
+		enroll.WriteRefusal(w, err, e.now())
+		return
+	}
+	session, err := tunnel.Upgrade(w, r, e.cfg.Tunnel)
+	if err != nil {
+		e.log.Warn("tunnel upgrade failed", "node", rec.Name, "remote", r.RemoteAddr, "err", err)
+		return // Upgrade has answered
+	}
+	ctx, cancel := context.WithCancel(e.ctx)
+	n := &edge{name: rec.Name, enrollment: rec.Enrollment, session: session, remote: r.RemoteAddr, since: e.now(), cancel: cancel}
+	if !e.connect(n) {
+		cancel()
+		session.CloseWith(tunnel.CloseDrain, "the hub is stopping")
+		return
+	}
+	if !e.cfg.Registry.Current(rec) {
+		// Revoked between the two looks, when Cut could not find the tunnel.
+		e.Cut(rec.Name, rec.Enrollment, "this node's enrolment was revoked")
+	}
+	// The handler returns, so that net/http's buffers and this stack go.
+	go func() {
+		defer e.wg.Done()
+		defer cancel()
+		err := e.serve(ctx, n)
+		e.disconnect(n, err)
+	}()
+}
+
+// connect enters n as the node's tunnel; an older one ends.
+func (e *Edges) connect(n *edge) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.stopped {
+		return false
+	}
+	if old := e.nodes[n.name]; old != nil {
+		old.session.CloseWith(tunnel.CloseReplaced, "a newer tunnel of this node took over")
+		old.cancel()
+	}
+	e.nodes[n.name] = n
+	delete(e.lastSeen, n.name)
+	e.wg.Add(1)
+	e.log.Info("node connected", "node", n.name, "remote", n.remote)
+	return true
+}
+
+func (e *Edges) disconnect(n *edge, err error) {
+	heard := n.session.Stats().LastHeard
+	if heard.IsZero() {
+		heard = n.since
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.nodes[n.name] != n {
+		return // replaced: the node is not away
+	}
+	delete(e.nodes, n.name)
+	e.lastSeen[n.name] = heard
+	e.log.Info("node disconnected", "node", n.name, "remote", n.remote,
+		"after", e.now().Sub(n.since).Round(time.Millisecond), "reason", err)
+}
+
+// serve takes the streams of one tunnel until it ends.
+func (e *Edges) serve(ctx context.Context, n *edge) error {
+	defer n.session.Close()
+	stop := context.AfterFunc(ctx, func() { n.session.Close() })
+	defer stop()
+	g, ctx := errgroup.WithContext(ctx)
+	api := tunnel.NewListener(apiBacklog)
+	g.Go(func() error { return e.cfg.Upstream.Relay(ctx, n.name, api) })
+	g.Go(func() error {
+		defer api.Close()
+		syncing := false
+		for {
+			st, err := n.session.Accept(ctx)
+			if err != nil {
+				return err
+			}
+			switch st.Kind() {
+			case edgeapi.KindSync:
+				if syncing {
+					st.Reset(tunnel.CodeRefused)
+					continue
+				}
+				syncing = true
+				g.Go(func() error {
+					defer st.Close()
+					stop := context.AfterFunc(ctx, func() { st.Reset(tunnel.CodeCancelled) })
+					defer stop()
+					if err := e.cfg.Feed.Serve(ctx, n.name, edgeapi.NewConn(st), e.cfg.Upstream); err != nil {
+						return fmt.Errorf("sync: %w", err)
+					}
+					return errors.New("the node ended its sync stream")
+				})
+			case edgeapi.KindAPI:
+				if !api.Offer(st) {
+					st.Reset(tunnel.CodeRefused)
+				}
+			default:
+				e.log.Debug("stream of unknown kind refused", "node", n.name, "kind", st.Kind())
+				st.Reset(tunnel.CodeNoKind)
+			}
+		}
+	})
+	// Whatever ends first ends the tunnel: a node without its sync is not
+	// connected in any useful sense, and will come again.
+	g.Go(func() error {
+		<-ctx.Done()
+		n.session.Close()
+		return nil
+	})
+	err := g.Wait()
+	if cause := n.session.Err(); cause != nil && errors.Is(err, context.Canceled) {
+		return cause
+	}
+	return err
+}
+
+// Cut ends the tunnel of an identity that lost its standing. A newer enrolment
+// of the same name is left alone.
+func (e *Edges) Cut(name, enrollment, reason string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if n := e.nodes[name]; n != nil && n.enrollment == enrollment {
+		n.session.CloseWith(tunnel.CloseRevoked, reason)
+		n.cancel()
+	}
+}
+
+// Node is what is known of one connected node.
+type Node struct {
+	Name   string
+	Remote string // address the tunnel comes from
+	Since  time.Time
+	Tunnel tunnel.Stats
+}
+
+// Connected returns the connected nodes in no particular order.
+func (e *Edges) Connected() []Node {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	out := make([]Node, 0, len(e.nodes))
+	for _, n := range e.nodes {
+		out = append(out, Node{Name: n.name, Remote: n.remote, Since: n.since, Tunnel: n.session.Stats()})
+	}
+	return out
+}

@@ -1,0 +1,100 @@
+// Command cloudhub is the cloud end of Skerry: it holds the tunnels of edge
+// nodes, keeps each node's objects in step with the cluster, does the nodes'
+// writes as the nodes themselves, and lets the API server reach their kubelets.
+// With "standalone" it carries the cluster's control plane in the same process.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"k8s.io/klog/v2"
+
+	"github.com/skerry-io/skerry/cloudhub/controlplane"
+	"github.com/skerry-io/skerry/cloudhub/kubectl"
+)
+
+// version is stamped by the linker.
+var version = "v0.0.0-dev"
+
+const defaultDataDir = "/var/lib/skerry/cloudhub"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	// A second signal ends the process at once, as it would without us.
+	context.AfterFunc(ctx, stop)
+	if err := newCommand().ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "cloudhub:", err)
+		os.Exit(1)
+	}
+}
+
+func newCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "cloudhub",
+		Short:         "The cloud end of Skerry: Kubernetes for devices that are often cut off",
+		Version:       version,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Args:          cobra.NoArgs,
+		RunE:          func(c *cobra.Command, _ []string) error { return c.Help() },
+	}
+	root.AddCommand(
+		newStandaloneCommand(),
+		newTokenCommand(),
+		newNodeCommand(),
+		kubectl.NewCommand(controlplane.AdminKubeconfigPath(defaultDataDir)),
+	)
+	return root
+}
+
+// newLog returns the program's logger and routes klog, which the Kubernetes
+// libraries write to, into it.
+func newLog(c LogConfig) (*slog.Logger, error) {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(c.Level)); err != nil {
+		return nil, fmt.Errorf("log level %q: use debug, info, warn or error", c.Level)
+	}
+	opts := &slog.HandlerOptions{Level: level}
+	var h slog.Handler
+	switch c.Format {
+	case "text":
+		h = slog.NewTextHandler(os.Stderr, opts)
+	case "json":
+		h = slog.NewJSONHandler(os.Stderr, opts)
+	default:
+		return nil, fmt.Errorf("log format %q: use text or json", c.Format)
+	}
+	log := slog.New(h)
+	klog.SetSlogLogger(slog.New(atLeast{h, level + slog.LevelWarn}))
+	return log, nil
+}
+
+// atLeast raises the level of a handler: Kubernetes' own info lines are of use
+// to those who ask for debug only.
+type atLeast struct {
+	slog.Handler
+	level slog.Level
+}
+
+func (h atLeast) Enabled(ctx context.Context, l slog.Level) bool {
+	return l >= h.level && h.Handler.Enabled(ctx, l)
+}
+
+func (h atLeast) WithAttrs(a []slog.Attr) slog.Handler { return atLeast{h.Handler.WithAttrs(a), h.level} }
+func (h atLeast) WithGroup(n string) slog.Handler      { return atLeast{h.Handler.WithGroup(n), h.level} }
+
+// ended turns the end that was asked for into success.
+func ended(ctx context.Context, err error) error {
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
