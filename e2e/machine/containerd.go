@@ -3,13 +3,16 @@ package machine
 import (
 	"context"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials/insecure"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
 const (
@@ -72,7 +75,7 @@ func (m *Machine) RestartContainerd(ctx context.Context) error {
 }
 
 // startContainerd writes containerd's configuration, starts it and returns
-// when it accepts connections.
+// when it can run pods.
 func (m *Machine) startContainerd(ctx context.Context, b *boot) error {
 	fail := func(err error) error { return fmt.Errorf("machine %s: containerd: %w", m.cfg.Name, err) }
 	if err := m.writeContainerdConfig(); err != nil {
@@ -95,23 +98,41 @@ func (m *Machine) startContainerd(ctx context.Context, b *boot) error {
 	if err != nil {
 		return fail(err)
 	}
-	socket := b.path(containerdSocket)
+	grpcConn, err := grpc.NewClient("unix://"+b.path(containerdSocket), grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.3, MaxDelay: time.Second}}))
+	if err != nil {
+		return fail(err)
+	}
+	defer grpcConn.Close()
+	client := cri.NewRuntimeServiceClient(grpcConn)
+	var last error
 	err = poll(ctx, time.Minute, func() (bool, error) {
 		select {
 		case <-p.Done():
 			return false, fmt.Errorf("ended at once: %w", p.Wait(ctx))
 		default:
 		}
-		c, err := net.Dial("unix", socket)
-		if err != nil {
-			return false, nil
-		}
-		c.Close()
-		return true, nil
+		last = podsCanRun(ctx, client)
+		return last == nil, nil
 	})
 	if err != nil {
 		text, _ := os.ReadFile(logPath)
-		return fail(fmt.Errorf("wait for %s: %w; the end of its log: %s", containerdSocket, err, lastLines(text, 1500)))
+		return fail(fmt.Errorf("wait until it serves: %w: %w; the end of its log: %s", err, last, lastLines(text, 1500)))
+	}
+	return nil
+}
+
+// podsCanRun asks containerd's CRI plugin, which serves some time after the
+// socket is there.
+func podsCanRun(ctx context.Context, client cri.RuntimeServiceClient) error {
+	resp, err := client.Status(ctx, &cri.StatusRequest{})
+	if err != nil {
+		return err
+	}
+	for _, c := range resp.GetStatus().GetConditions() {
+		if !c.Status {
+			return fmt.Errorf("%s is not: %s", c.Type, c.Message)
+		}
 	}
 	return nil
 }

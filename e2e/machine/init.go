@@ -63,8 +63,9 @@ func initMain(result *os.File) error {
 	for fd := fdControl; fd <= fdLock; fd++ {
 		syscall.CloseOnExec(fd)
 	}
-	// Nothing but the host's SIGKILL ends pid 1.
-	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGPIPE)
+	// Nothing but the host's SIGKILL ends pid 1. The signals are caught and not
+	// ignored, as a started program would inherit that it ignores them.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGPIPE)
 	// The namespaces are new with this process, its mounts still the host's:
 	// no change may find its way back.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {

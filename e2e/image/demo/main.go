@@ -31,6 +31,7 @@ func commands() map[string]command {
 		"cat":          {"cat [FILE...]", cat},
 		"ls":           {"ls [PATH...]", ls},
 		"env":          {"env", env},
+		"get":          {"get URL  fetches it, and fails unless the answer is good", get},
 		"id":           {"id  user, groups and capabilities", id},
 		"tar":          {"tar cf - [-C DIR] PATH... | tar xmf - [-C DIR] | tar tf -", tarMain},
 		"tty":          {"tty  the terminal's size, now and at each change, until stdin ends", tty},

@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -122,6 +123,25 @@ func env([]string) error {
 	slices.Sort(vars)
 	_, err := fmt.Println(strings.Join(vars, "\n"))
 	return err
+}
+
+func get(args []string) error {
+	if len(args) != 1 {
+		return errors.New("say what to get")
+	}
+	client := http.Client{Timeout: 10 * time.Second}
+	resp, err := client.Get(args[0])
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(os.Stdout, resp.Body); err != nil {
+		return err
+	}
+	if resp.StatusCode/100 != 2 {
+		return errors.New(resp.Status)
+	}
+	return nil
 }
 
 func id([]string) error {
