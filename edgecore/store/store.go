@@ -2,9 +2,16 @@ package store
 
 import (
 	"context"
-	"errors"
 	"log/slog"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
+
+	bolt "go.etcd.io/bbolt"
 )
 
 // Config says where the store lives.
@@ -12,91 +19,240 @@ type Config struct {
 	Path        string        // the bbolt file; required
 	KeyFile     string        // AES-256 key for secrets and tokens; zero means Path + ".key"
 	History     int           // events kept per resource for watches; zero means 256
-	MaxEvents   int           // Event objects kept in memory; zero means 512
+	MaxEvents   int           // Event objects kept in memory, and waiting for the cloud; zero means 512
 	LockTimeout time.Duration // wait for another process to let go; zero means 2s
 	Log         *slog.Logger  // nil discards
 }
 
-var errUnbuilt = errors.New("store: not in this build yet")
+// Store is the node's copy of its objects.
+//
+// One goroutine, the committer, makes every change: it reads the maps without
+// mu and holds mu to change them, so what a write reads cannot move under it.
+type Store struct {
+	cfg     Config
+	sealer  *sealer
+	db      *bolt.DB
+	lock    *os.File
+	storeID string
+	startRV uint64
 
-type Store struct{}
+	writes    chan *write
+	closing   chan struct{}
+	stopped   chan struct{}
+	closeOnce sync.Once
+	closeErr  error
 
-func Open(cfg Config) (*Store, error)                               { return nil, errUnbuilt }
-func (s *Store) Close() error                                       { return errUnbuilt }
-func (s *Store) Synced() bool                                       { return false }
-func (s *Store) SyncEpoch() string                                  { return "" }
-func (s *Store) SetSynced(ctx context.Context, epoch string) error  { return errUnbuilt }
-func (s *Store) Get(k Key) (Object, bool)                           { return Object{}, false }
-func (s *Store) List(resource, namespace string) ([]Object, uint64) { return nil, 0 }
-func (s *Store) RV() uint64                                         { return 0 }
-func (s *Store) Watch(ctx context.Context, resource string, fromRV uint64) (*Watch, error) {
-	return nil, errUnbuilt
-}
-func (s *Store) Local(ctx context.Context, fn func(tx *Tx) error) error { return errUnbuilt }
-func (s *Store) ApplyDelta(ctx context.Context, d Delta) error          { return errUnbuilt }
-func (s *Store) Inventory() []InventoryItem                             { return nil }
-func (s *Store) Outbox() *Outbox                                        { return nil }
-func (s *Store) BytesWritten() uint64                                   { return 0 }
+	bytesWritten atomic.Uint64
+	commits      atomic.Uint64
 
-// Watch is a position in one resource's history; it holds no buffer.
-type Watch struct{}
+	// owned by the committer
+	reserved uint64 // resourceVersions up to here are used up on disk
+	disk     counts
+	marker   marker
+	lazy     map[Key]struct{} // objects whose new Rev goes to disk with the next commit
+	failed   error            // a commit failed in a way that leaves the file's state unknown
 
-// Next returns what happened since the last call and the store-wide
-// resourceVersion up to which the watch is now complete. It waits for at most
-// idle (zero: without limit) and then returns no events.
-func (w *Watch) Next(ctx context.Context, idle time.Duration) ([]Event, uint64, error) {
-	return nil, 0, errUnbuilt
-}
-
-// Tx is one local write.
-type Tx struct{}
-
-func (tx *Tx) Get(k Key) (Object, bool)                           { return Object{}, false }
-func (tx *Tx) Put(k Key, uid string, body []byte) (Object, error) { return Object{}, errUnbuilt }
-func (tx *Tx) Delete(k Key) (Object, error)                       { return Object{}, errUnbuilt }
-func (tx *Tx) MarkDirty(m Mark)                                   {}
-
-// Op is what the hub has to do for an outbox entry.
-type Op string
-
-const (
-	OpCreate Op = "create"
-	OpStatus Op = "status"
-	OpUpdate Op = "update"
-	OpDelete Op = "delete"
-	OpEvent  Op = "event"
-)
-
-// Mark notes that the cloud has to hear of a change.
-type Mark struct {
-	Op          Op
-	Key         Key
-	UID         string
-	Labels      []string // OpUpdate: label keys changed or removed here
-	Annotations []string // OpUpdate: likewise
+	mu          sync.RWMutex // guards the rest; outbox has no lock of its own
+	rv          uint64
+	tables      map[string]*table
+	parked      map[Key]*Object
+	private     map[privateKey]*privateValue
+	epoch       string
+	syncChanged chan struct{} // closed when epoch changes
+	gone        graveyard
+	outbox      Outbox
 }
 
-// Pending is one outbox entry, as Next hands it out.
-type Pending struct {
-	ID          uint64
-	Op          Op
-	Key         Key
-	UID         string
-	Attempt     int      // 0 at the first try
-	Body        []byte   // the object as it is now (or was last, when gone); nil for a delete
-	Labels      []string // OpUpdate: label keys to set from Body, or remove when absent there
-	Annotations []string
+// table is one resource.
+type table struct {
+	objects map[Key]*Object
+	ring    []Event // oldest first, RVs ascending
+	floor   uint64  // every event after this RV is in ring
+	limit   int     // events ring may hold, see record
+	changed chan struct{}
 }
 
-// Outbox is what the node has to tell the cloud, in order.
-type Outbox struct{}
+type privateKey struct{ kind, key string }
 
-func (o *Outbox) Next(ctx context.Context) ([]Pending, error) { return nil, errUnbuilt }
-func (o *Outbox) Done(ids ...uint64)                          {}
-func (o *Outbox) Retry(ids ...uint64)                         {}
-func (o *Outbox) Release()                                    {}
-func (o *Outbox) Depth() int                                  { return 0 }
-func (o *Outbox) Dropped() uint64                             { return 0 }
+type privateValue struct {
+	owner string
+	value []byte
+}
 
-// Reset removes a store: the database, its marker and its key.
-func Reset(path, keyFile string) error { return errUnbuilt }
+func newStore(cfg Config, sealer *sealer) *Store {
+	s := &Store{
+		cfg: cfg, sealer: sealer,
+		writes:  make(chan *write, maxBatch),
+		closing: make(chan struct{}), stopped: make(chan struct{}),
+		tables: map[string]*table{}, parked: map[Key]*Object{}, private: map[privateKey]*privateValue{},
+		syncChanged: make(chan struct{}),
+		lazy:        map[Key]struct{}{},
+		gone:        graveyard{uids: map[string]struct{}{}},
+	}
+	s.outbox.init(s)
+	return s
+}
+
+func (s *Store) start() {
+	go func() {
+		defer close(s.stopped)
+		s.commitLoop()
+	}()
+}
+
+// table is called with mu held for writing, or before start.
+func (s *Store) table(resource string) *table {
+	t := s.tables[resource]
+	if t == nil {
+		t = &table{objects: map[Key]*Object{}, floor: s.startRV, changed: make(chan struct{})}
+		s.tables[resource] = t
+	}
+	return t
+}
+
+func (s *Store) count(resource string) int {
+	if t := s.tables[resource]; t != nil {
+		return len(t.objects)
+	}
+	return 0
+}
+
+func (s *Store) stored(k Key) *Object {
+	if t := s.tables[k.Resource]; t != nil {
+		return t.objects[k]
+	}
+	return nil
+}
+
+// Get returns one object.
+func (s *Store) Get(k Key) (Object, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if o := s.stored(k); o != nil {
+		return *o, true
+	}
+	return Object{}, false
+}
+
+// List returns the objects of a resource, of one namespace or (namespace "") of
+// all, in the order of their names, and the resourceVersion they are as of.
+func (s *Store) List(resource, namespace string) ([]Object, uint64) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	t := s.tables[resource]
+	if t == nil {
+		return nil, s.rv
+	}
+	out := make([]Object, 0, len(t.objects))
+	for k, o := range t.objects {
+		if namespace == "" || k.Namespace == namespace {
+			out = append(out, *o)
+		}
+	}
+	slices.SortFunc(out, func(a, b Object) int {
+		if c := strings.Compare(a.Namespace, b.Namespace); c != 0 {
+			return c
+		}
+		return strings.Compare(a.Name, b.Name)
+	})
+	return out, s.rv
+}
+
+// RV is the store-wide resourceVersion.
+func (s *Store) RV() uint64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.rv
+}
+
+// Synced tells whether a complete first sync was ever committed.
+func (s *Store) Synced() bool { return s.SyncEpoch() != "" }
+
+// SyncEpoch is what the last complete sync was called.
+func (s *Store) SyncEpoch() string {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.epoch
+}
+
+// SetSynced notes durably that the store is complete.
+func (s *Store) SetSynced(ctx context.Context, epoch string) error {
+	return s.ApplyDelta(ctx, Delta{Synced: epoch})
+}
+
+// Inventory lists what the cloud delivered. Where a namesake waits for an old
+// pod to go, it is listed in the old one's place: the cloud no longer knows that.
+func (s *Store) Inventory() []InventoryItem {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	var out []InventoryItem
+	for _, t := range s.tables {
+		for k, o := range t.objects {
+			if s.parked[k] == nil && o.Rev != "" {
+				out = append(out, InventoryItem{k, o.UID, o.Rev})
+			}
+		}
+	}
+	for k, o := range s.parked {
+		out = append(out, InventoryItem{k, o.UID, o.Rev})
+	}
+	slices.SortFunc(out, func(a, b InventoryItem) int { return strings.Compare(a.Key.String(), b.Key.String()) })
+	return out
+}
+
+// Private returns a value kept with Tx.PutPrivate.
+func (s *Store) Private(kind, key string) ([]byte, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	v := s.private[privateKey{kind, key}]
+	if v == nil {
+		return nil, false
+	}
+	return slices.Clone(v.value), true
+}
+
+// PrivateKeys lists the keys kept under kind.
+func (s *Store) PrivateKeys(kind string) []string {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	var out []string
+	for k := range maps.Keys(s.private) {
+		if k.kind == kind {
+			out = append(out, k.key)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// Outbox is what the node still has to tell the cloud.
+func (s *Store) Outbox() *Outbox { return &s.outbox }
+
+// BytesWritten is how many bytes of pages were written to disk since Open.
+func (s *Store) BytesWritten() uint64 { return s.bytesWritten.Load() }
+
+// Commits is how many transactions reached the disk since Open.
+func (s *Store) Commits() uint64 { return s.commits.Load() }
+
+// graveyard remembers the uids of pods the kubelet finished, so that an update
+// the cloud sent before it heard of the end does not bring one back.
+type graveyard struct {
+	uids  map[string]struct{}
+	order []string
+}
+
+const maxGraves = 1024
+
+func (g *graveyard) add(uid string) {
+	if _, ok := g.uids[uid]; ok || uid == "" {
+		return
+	}
+	if len(g.order) == maxGraves {
+		delete(g.uids, g.order[0])
+		g.order = g.order[1:]
+	}
+	g.uids[uid] = struct{}{}
+	g.order = append(g.order, uid)
+}
+
+func (g *graveyard) has(uid string) bool { _, ok := g.uids[uid]; return ok }
