@@ -1,6 +1,7 @@
 package machine_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -33,6 +35,9 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		os.Exit(0)
+	}
+	if dir := os.Getenv("MACHINE_OWNER_DIR"); dir != "" { // see TestOwnerDies
+		os.Exit(ownMachine(dir))
 	}
 	os.Exit(m.Run())
 }
@@ -351,6 +356,63 @@ func TestDetached(t *testing.T) {
 		t.Fatal(err)
 	}
 	await(t, "the first Machine knows", func() (bool, string) { return !m.Running(), "" })
+}
+
+// A machine goes with the process that owns it, however that ends, and what
+// it could not take along is put right by the next one.
+func TestOwnerDies(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "m")
+	m := newMachine(t, "owned", func(c *machine.Config) { c.NoContainerd, c.Dir = true, dir })
+	owned := filepath.Join(t.TempDir(), "m")
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	owner := exec.CommandContext(t.Context(), exe)
+	owner.Env = append(os.Environ(), "MACHINE_OWNER_DIR="+owned)
+	out, err := owner.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := owner.Start(); err != nil {
+		t.Fatal(err)
+	}
+	said, err := bufio.NewReader(out).ReadString('\n')
+	var index, pid int
+	if _, serr := fmt.Sscanf(said, "index %d pid %d", &index, &pid); serr != nil {
+		t.Fatalf("the owner said %q, %v", said, err)
+	}
+	owner.Process.Kill()
+	owner.Wait()
+	await(t, "pid 1 has ended", func() (bool, string) {
+		err := syscall.Kill(pid, 0)
+		return errors.Is(err, syscall.ESRCH), fmt.Sprint(err)
+	})
+	again, err := machine.New(machine.Config{Dir: owned, Name: "owned-1", NoContainerd: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again.Running() || again.Index() != index {
+		t.Errorf("found machine: running %v, index %d; want it off, %d", again.Running(), again.Index(), index)
+	}
+	start(t, again)
+	if err := again.Destroy(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	start(t, m) // its end checks what is left
+}
+
+func ownMachine(dir string) int {
+	m, err := machine.New(machine.Config{Dir: dir, Name: "owned-1", NoContainerd: true})
+	if err == nil {
+		err = m.Start(context.Background())
+	}
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	fmt.Printf("index %d pid %s\n", m.Index(), strings.Split(m.Path("/"), "/")[2])
+	select {} // until it is killed
 }
 
 func TestConfig(t *testing.T) {
