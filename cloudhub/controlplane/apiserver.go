@@ -10,12 +10,10 @@ import (
 	"strings"
 	"time"
 
-	"github.com/spf13/pflag"
 	utilerrors "k8s.io/apimachinery/pkg/util/errors"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/apiserver/pkg/server/egressselector"
 	"k8s.io/client-go/rest"
-	cliflag "k8s.io/component-base/cli/flag"
 	aggregator "k8s.io/kube-aggregator/pkg/apiserver"
 	"k8s.io/kubernetes/cmd/kube-apiserver/app"
 	"k8s.io/kubernetes/cmd/kube-apiserver/app/options"
@@ -24,6 +22,9 @@ import (
 // stopGrace is how long open connections may hold up the API server's stop.
 // Watches of clients never end by themselves.
 const stopGrace = time.Second
+
+// bootStopGrace is how long a stop waits for a boot to come to its end.
+const bootStopGrace = 15 * time.Second
 
 // apiServer is kube-apiserver, ready to run.
 type apiServer struct {
@@ -40,7 +41,7 @@ type preparedServer interface {
 // no room for the dialer and the groups of this process.
 func newAPIServer(ctx context.Context, cfg Config, flags []string, listener net.Listener) (*apiServer, error) {
 	o := options.NewServerRunOptions()
-	if err := parse("kube-apiserver", o.Flags(), flags); err != nil {
+	if err := parse("API server", o.Flags(), flags); err != nil {
 		return nil, err
 	}
 	// Feature gates are the process's; the other components find them set.
@@ -101,28 +102,35 @@ func (s *apiServer) run(ctx context.Context) error {
 	return nil
 }
 
-// awaitReady returns once /readyz says so.
+// awaitReady returns once /readyz says so. It does not return early when ctx
+// ends: the API server's start-up hooks take an interruption for a failure and
+// end the process, so a stop during the boot waits for them, within reason.
 func (s *apiServer) awaitReady(ctx context.Context, timeout time.Duration) error {
 	client, err := rest.HTTPClientFor(s.loopback)
 	if err != nil {
 		return fmt.Errorf("control plane: client of the API server: %w", err)
 	}
 	defer client.CloseIdleConnections()
-	deadline, cancel := context.WithTimeout(ctx, timeout)
+	boot, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
 	defer cancel()
+	defer context.AfterFunc(ctx, func() {
+		time.AfterFunc(bootStopGrace, cancel)
+	})()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	last := errors.New("no answer yet")
 	for {
-		if last = readyz(deadline, client, s.loopback.Host); last == nil {
-			return nil
+		err := readyz(boot, client, s.loopback.Host)
+		if err == nil || ctx.Err() != nil && boot.Err() != nil {
+			return context.Cause(ctx)
 		}
+		if boot.Err() != nil {
+			return fmt.Errorf("control plane: the API server was not ready within %s: %w", timeout, last)
+		}
+		last = err
 		select {
 		case <-tick.C:
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-deadline.Done():
-			return fmt.Errorf("control plane: the API server was not ready within %s: %w", timeout, last)
+		case <-boot.Done():
 		}
 	}
 }
@@ -149,19 +157,4 @@ func readyz(ctx context.Context, client *http.Client, host string) error {
 		}
 	}
 	return fmt.Errorf("%s: %s", res.Status, strings.Join(failed, "; "))
-}
-
-// parse reads flags as the component's own command line would.
-func parse(component string, sets cliflag.NamedFlagSets, flags []string) error {
-	fs := pflag.NewFlagSet(component, pflag.ContinueOnError)
-	fs.SetNormalizeFunc(cliflag.WordSepNormalizeFunc)
-	fs.SetOutput(io.Discard)
-	fs.Usage = func() {}
-	for _, set := range sets.FlagSets {
-		fs.AddFlagSet(set)
-	}
-	if err := fs.Parse(flags); err != nil {
-		return fmt.Errorf("control plane: %s arguments: %w", component, err)
-	}
-	return nil
 }

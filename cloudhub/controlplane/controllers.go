@@ -20,7 +20,7 @@ func runControllerManager(ctx context.Context, flags []string) error {
 	known, disabled, aliases := kcm.KnownControllers(), kcm.ControllersDisabledByDefault(), kcm.ControllerAliases()
 	sets := o.Flags(known, disabled, aliases)
 	o.ParsedFlags = &sets
-	if err := parse("kube-controller-manager", sets, flags); err != nil {
+	if err := parse("controller manager", sets, flags); err != nil {
 		return err
 	}
 	config, err := o.Config(ctx, known, disabled, aliases)
@@ -39,7 +39,7 @@ func runControllerManager(ctx context.Context, flags []string) error {
 // returns an error even then; the caller tells by ctx.
 func runScheduler(ctx context.Context, flags []string) error {
 	o := scheduleroptions.NewOptions()
-	if err := parse("kube-scheduler", *o.Flags, flags); err != nil {
+	if err := parse("scheduler", *o.Flags, flags); err != nil {
 		return err
 	}
 	config, sched, err := scheduler.Setup(ctx, o)

@@ -2,8 +2,17 @@ package controlplane
 
 import (
 	"fmt"
+	"io"
+	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/spf13/pflag"
+	cliflag "k8s.io/component-base/cli/flag"
+	"k8s.io/kubernetes/cmd/kube-apiserver/app/options"
+	kcm "k8s.io/kubernetes/cmd/kube-controller-manager/app"
+	kcmoptions "k8s.io/kubernetes/cmd/kube-controller-manager/app/options"
+	scheduleroptions "k8s.io/kubernetes/cmd/kube-scheduler/app/options"
 )
 
 // forever is the toleration given to pods for a node that does not answer: an
@@ -23,26 +32,44 @@ var ownFlags = map[string]string{
 	"kubeconfig":               "nothing: the plane's own identities are used",
 }
 
+// sharedFlags write into settings of the whole process when they are parsed,
+// so they are parsed once, by the API server that runs.
+var sharedFlags = []string{"feature-gates", "emulated-version", "emulation-forward-compatible", "runtime-config-emulation-forward-compatible", "min-compatibility-version"}
+
 // checkArgs refuses pass-through flags that cannot work, before anything
 // starts.
 func checkArgs(cfg Config) error {
-	for component, args := range map[string][]string{
-		"API server": cfg.APIServerArgs, "controller manager": cfg.ControllerManagerArgs, "scheduler": cfg.SchedulerArgs,
-	} {
-		for _, arg := range args {
-			name, isFlag := flagName(arg)
-			if !isFlag {
-				return fmt.Errorf("control plane: %s argument %q is not a flag; write it as --name=value", component, arg)
-			}
-			if use, own := ownFlags[name]; own {
-				return fmt.Errorf("control plane: %s argument --%s is set by the hub; change %s instead", component, name, use)
-			}
-			if name == "feature-gates" && component != "API server" {
-				return fmt.Errorf("control plane: %s argument --feature-gates: the components share one set of gates; give it as an API server argument", component)
-			}
+	if err := checkComponentArgs("API server", cfg.APIServerArgs, true, options.NewServerRunOptions().Flags()); err != nil {
+		return err
+	}
+	if err := checkComponentArgs("scheduler", cfg.SchedulerArgs, false, *scheduleroptions.NewOptions().Flags); err != nil {
+		return err
+	}
+	o, err := kcmoptions.NewKubeControllerManagerOptions()
+	if err != nil {
+		return fmt.Errorf("control plane: controller manager options: %w", err)
+	}
+	return checkComponentArgs("controller manager", cfg.ControllerManagerArgs, false,
+		o.Flags(kcm.KnownControllers(), kcm.ControllersDisabledByDefault(), kcm.ControllerAliases()))
+}
+
+func checkComponentArgs(component string, args []string, shared bool, sets cliflag.NamedFlagSets) error {
+	var own []string
+	for _, arg := range args {
+		name, isFlag := flagName(arg)
+		if !isFlag {
+			return fmt.Errorf("control plane: %s argument %q is not a flag; write it as --name=value", component, arg)
+		}
+		if use, set := ownFlags[name]; set {
+			return fmt.Errorf("control plane: %s argument --%s is set by the hub; change %s instead", component, name, use)
+		}
+		if !slices.Contains(sharedFlags, name) {
+			own = append(own, arg)
+		} else if !shared {
+			return fmt.Errorf("control plane: %s argument --%s: the components share this setting; give it as an API server argument", component, name)
 		}
 	}
-	return nil
+	return parse(component, sets, own)
 }
 
 func flagName(arg string) (string, bool) {
@@ -124,4 +151,19 @@ func (p *Plane) schedulerFlags() []string {
 		"--secure-port=0",
 		"--profiling=false",
 	}, p.cfg.SchedulerArgs...)
+}
+
+// parse reads flags as the component's own command line would.
+func parse(component string, sets cliflag.NamedFlagSets, flags []string) error {
+	fs := pflag.NewFlagSet(component, pflag.ContinueOnError)
+	fs.SetNormalizeFunc(cliflag.WordSepNormalizeFunc)
+	fs.SetOutput(io.Discard)
+	fs.Usage = func() {}
+	for _, set := range sets.FlagSets {
+		fs.AddFlagSet(set)
+	}
+	if err := fs.Parse(flags); err != nil {
+		return fmt.Errorf("control plane: %s arguments: %w", component, err)
+	}
+	return nil
 }

@@ -3,7 +3,9 @@ package controlplane
 import (
 	"context"
 	"log/slog"
+	"os"
 	"strings"
+	"sync/atomic"
 
 	"go.uber.org/zap/zapcore"
 	"k8s.io/klog/v2"
@@ -16,14 +18,27 @@ import (
 // will retry as an error. In a hub's log both are a level less. From when ctx
 // ends, which should be when the plane is told to stop, everything is debug
 // output: components that are stopped in order report each other's absence.
+//
+// A component that cannot go on ends the process through klog; the reason is
+// then logged as an error.
 func RedirectKlog(ctx context.Context, log *slog.Logger) {
-	klog.SetSlogLogger(slog.New(demoted{next: log.Handler(), stopping: ctx.Done()}).With("component", "kubernetes"))
+	last := new(atomic.Pointer[string])
+	klog.SetSlogLogger(slog.New(demoted{next: log.Handler(), stopping: ctx.Done(), last: last}).With("component", "kubernetes"))
+	klog.OsExit = func(code int) {
+		reason := "unknown"
+		if m := last.Load(); m != nil {
+			reason = *m
+		}
+		log.Error("a Kubernetes component cannot go on and ends the process", "reason", reason)
+		os.Exit(code)
+	}
 }
 
 // demoted logs errors as warnings and information as debug output.
 type demoted struct {
 	next     slog.Handler
 	stopping <-chan struct{}
+	last     *atomic.Pointer[string] // the message logged last
 }
 
 func (d demoted) level(l slog.Level) slog.Level {
@@ -41,21 +56,27 @@ func (d demoted) level(l slog.Level) slog.Level {
 	}
 }
 
+// Enabled lets information through to Handle, which keeps it as the reason of
+// a fatal end; klog logs that as information too.
 func (d demoted) Enabled(ctx context.Context, l slog.Level) bool {
-	return d.next.Enabled(ctx, d.level(l))
+	return l >= slog.LevelInfo || d.next.Enabled(ctx, d.level(l))
 }
 
 func (d demoted) Handle(ctx context.Context, r slog.Record) error {
+	d.last.Store(&r.Message)
 	r.Level = d.level(r.Level)
+	if !d.next.Enabled(ctx, r.Level) {
+		return nil
+	}
 	return d.next.Handle(ctx, r)
 }
 
 func (d demoted) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return demoted{d.next.WithAttrs(attrs), d.stopping}
+	return demoted{d.next.WithAttrs(attrs), d.stopping, d.last}
 }
 
 func (d demoted) WithGroup(name string) slog.Handler {
-	return demoted{d.next.WithGroup(name), d.stopping}
+	return demoted{d.next.WithGroup(name), d.stopping, d.last}
 }
 
 // zapCore sends etcd's log to slog: its information and warnings as debug

@@ -191,7 +191,11 @@ func (p *Plane) Run(ctx context.Context) error {
 	if err := p.writeKubeconfigs(); err != nil {
 		return err
 	}
-	return p.runLayers(ctx, dir, listener, names)
+	err = p.runLayers(ctx, dir, listener, names)
+	if ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, context.Cause(ctx))) {
+		return nil // told to stop, whatever it was about to do
+	}
+	return err
 }
 
 // runLayers starts each layer on the one below it and, however it ends, stops
@@ -239,10 +243,7 @@ func (p *Plane) runLayers(ctx context.Context, dir *dataDir, listener net.Listen
 	p.log.Info("control plane is ready", "after", time.Since(started).Round(time.Millisecond))
 
 	<-ctx.Done()
-	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
-		return cause
-	}
-	return nil
+	return context.Cause(ctx)
 }
 
 // Ready is closed once the API server answers and the hub's identity has its
