@@ -16,6 +16,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -47,7 +48,7 @@ type Registry interface {
 
 // Syncer holds the sync conversation with a node. See feed.Feed.Serve.
 type Syncer interface {
-	Serve(ctx context.Context, node string, conn *edgeapi.Conn, w feed.Writer) error
+	Serve(ctx context.Context, node string, stream io.ReadWriteCloser, w feed.Writer) error
 }
 
 // Upstream acts at the API server as a node. See upstream.Upstream.
@@ -236,10 +237,7 @@ func (e *Edges) serve(ctx context.Context, n *edge) error {
 				}
 				syncing = true
 				g.Go(func() error {
-					defer st.Close()
-					stop := context.AfterFunc(ctx, func() { st.Reset(tunnel.CodeCancelled) })
-					defer stop()
-					if err := e.cfg.Feed.Serve(ctx, n.name, edgeapi.NewConn(st), e.cfg.Upstream); err != nil {
+					if err := e.cfg.Feed.Serve(ctx, n.name, st, e.cfg.Upstream); err != nil {
 						return fmt.Errorf("sync: %w", err)
 					}
 					return errors.New("the node ended its sync stream")

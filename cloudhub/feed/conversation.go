@@ -56,15 +56,17 @@ type conversation struct {
 type have struct{ uid, rev string }
 
 // Serve holds the sync conversation with one node until its stream or ctx
-// ends. Closing the stream when ctx ends is the caller's part.
-func (f *Feed) Serve(ctx context.Context, node string, conn *edgeapi.Conn, w Writer) error {
+// ends, and closes the stream.
+func (f *Feed) Serve(ctx context.Context, node string, stream io.ReadWriteCloser, w Writer) error {
+	defer stream.Close()
+	defer context.AfterFunc(ctx, func() { stream.Close() })()
 	select {
 	case <-f.ready:
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 	c := &conversation{
-		f: f, node: node, conn: conn,
+		f: f, node: node, conn: edgeapi.NewConn(stream),
 		dirty:  map[edgeapi.Ref]struct{}{},
 		wake:   make(chan struct{}, 1),
 		acks:   make(chan uint64, deltaWindow),
@@ -79,15 +81,16 @@ func (f *Feed) Serve(ctx context.Context, node string, conn *edgeapi.Conn, w Wri
 	defer f.leave(c)
 
 	g, ctx := errgroup.WithContext(ctx)
+	// Whichever part fails, the reader's wait for the node must end too.
+	defer context.AfterFunc(ctx, func() { stream.Close() })()
 	writes := make(chan edgeapi.Write, writeQueue)
 	g.Go(func() error { defer close(writes); return c.read(ctx, writes) })
 	g.Go(func() error { return c.write(ctx, w, writes) })
 	g.Go(func() error { return c.send(ctx) })
-	err := g.Wait()
-	if errors.Is(err, io.EOF) {
-		return nil
+	if err := g.Wait(); !errors.Is(err, io.EOF) {
+		return err
 	}
-	return err
+	return nil
 }
 
 func (f *Feed) join(c *conversation) {

@@ -12,8 +12,7 @@
 // own, such as readiness gates, and a change of status alone is no delta.
 //
 // The package never writes to the API server: what a node writes goes to the
-// Writer that the caller passes. It never dials, and knows streams only as
-// edgeapi.Conn.
+// Writer that the caller passes. It never dials: the caller brings the stream.
 package feed
 
 import (

@@ -1,0 +1,226 @@
+// Package link is the edge end of the tunnel: it keeps one to the hub, brings
+// the node's store in step with the cloud over it, sends the outbox up, serves
+// the kubelet's handler to the hub, and lends the connection to those who ask
+// the API server something.
+//
+// It owns no state that matters: what came down is in the store before it is
+// acknowledged, what goes up leaves the outbox only when the API server has
+// answered. The node runs without it.
+//
+// It never starts or stops a pod, never reads the kubelet's objects other than
+// through the store, and never decides who may call the kubelet: the hub is
+// the only peer, authenticated by TLS, and has checked the caller.
+package link
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/skerry-io/skerry/edgecore/store"
+	"github.com/skerry-io/skerry/tunnel"
+	"github.com/skerry-io/skerry/tunnel/edgeapi"
+)
+
+// Config of a Link.
+type Config struct {
+	Dialer   *tunnel.Dialer // required
+	Store    *store.Store   // required
+	NodeName string         // required
+	Agent    string         // edgecore's version, told to the hub
+	// Kubelet returns the handler that serves the hub's requests; it may wait
+	// until the kubelet has started. Required.
+	Kubelet func(ctx context.Context) (http.Handler, error)
+	Log     *slog.Logger // nil discards
+}
+
+// Link is safe for concurrent use.
+type Link struct {
+	cfg Config
+	log *slog.Logger
+
+	firstSync chan struct{} // closed once the store holds a complete set
+	syncOnce  sync.Once
+
+	mu      sync.Mutex
+	state   State
+	session *tunnel.Session // while connected
+}
+
+// State is what a Link knows about itself.
+type State struct {
+	Connected bool
+	Since     time.Time // of the present state
+	LastSync  time.Time // when the store was last known to be in step
+	LastError string    // why the last tunnel ended or could not be made
+	Hub       string    // the hub's version, once connected
+	Tunnel    tunnel.Stats
+
+	// Sync bytes since the start, before compression and on the wire.
+	RawOut, WireOut, RawIn, WireIn uint64
+}
+
+// New checks cfg; it starts nothing.
+func New(cfg Config) (*Link, error) {
+	if cfg.Dialer == nil || cfg.Store == nil || cfg.Kubelet == nil || cfg.NodeName == "" {
+		return nil, errors.New("link: Dialer, Store, Kubelet and NodeName are required")
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	l := &Link{cfg: cfg, log: cfg.Log, firstSync: make(chan struct{}), state: State{Since: time.Now()}}
+	told := cfg.Dialer.Retry
+	cfg.Dialer.Retry = func(err error, wait time.Duration) error {
+		l.setError(err)
+		if told != nil {
+			return told(err, wait)
+		}
+		return nil
+	}
+	if cfg.Store.Synced() {
+		l.syncOnce.Do(func() { close(l.firstSync) })
+	}
+	return l, nil
+}
+
+// Run keeps the tunnel until ctx ends, and returns when all it started has
+// stopped.
+func (l *Link) Run(ctx context.Context) error {
+	err := l.cfg.Dialer.Run(ctx, l.serve)
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+// FirstSync is closed once the store holds a complete set of this node's
+// objects, from this run or an earlier one. The kubelet must not start before:
+// it would stop every container that is missing from its list.
+func (l *Link) FirstSync() <-chan struct{} { return l.firstSync }
+
+// State returns what the link knows about itself.
+func (l *Link) State() State {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s := l.state
+	if l.session != nil {
+		s.Tunnel = l.session.Stats()
+	}
+	return s
+}
+
+// serve uses one tunnel until it ends.
+func (l *Link) serve(ctx context.Context, s *tunnel.Session) error {
+	l.connected(s)
+	g, ctx := errgroup.WithContext(ctx)
+	kubelet := tunnel.NewListener(kubeletBacklog)
+	g.Go(func() error { return l.accept(ctx, s, kubelet) })
+	g.Go(func() error { return l.serveKubelet(ctx, kubelet) })
+	g.Go(func() error { return l.sync(ctx, s) })
+	g.Go(func() error {
+		// Whatever ends first ends the tunnel, and with it the others.
+		<-ctx.Done()
+		s.Close()
+		return nil
+	})
+	err := g.Wait()
+	if cause := s.Err(); cause != nil && errors.Is(err, context.Canceled) {
+		err = cause
+	}
+	l.disconnected(err)
+	return err
+}
+
+// kubeletBacklog is how many connections of the hub may wait to be served.
+const kubeletBacklog = 64
+
+// accept sorts the streams that the hub opens.
+func (l *Link) accept(ctx context.Context, s *tunnel.Session, kubelet *tunnel.Listener) error {
+	defer kubelet.Close()
+	for {
+		st, err := s.Accept(ctx)
+		if err != nil {
+			return err
+		}
+		switch {
+		case st.Kind() != edgeapi.KindKubelet:
+			st.Reset(tunnel.CodeNoKind)
+		case !kubelet.Offer(st):
+			st.Reset(tunnel.CodeRefused)
+		}
+	}
+}
+
+// serveKubelet serves the kubelet's handler on the hub's streams. exec, attach
+// and port-forward take their connection over; it ends with the tunnel's
+// session, as every stream does.
+func (l *Link) serveKubelet(ctx context.Context, streams net.Listener) error {
+	srv := &http.Server{
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			h, err := l.cfg.Kubelet(r.Context())
+			if err != nil {
+				http.Error(w, fmt.Sprintf("node %s: %v", l.cfg.NodeName, err), http.StatusServiceUnavailable)
+				return
+			}
+			h.ServeHTTP(w, r)
+		}),
+		ReadHeaderTimeout: 20 * time.Second,
+		IdleTimeout:       30 * time.Second, // an idle stream keeps the hub from parking the tunnel
+		MaxHeaderBytes:    64 << 10,
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ErrorLog:          slog.NewLogLogger(l.log.Handler(), slog.LevelDebug),
+	}
+	err := srv.Serve(streams)
+	srv.Close()
+	if errors.Is(err, net.ErrClosed) || errors.Is(err, http.ErrServerClosed) {
+		return nil
+	}
+	return fmt.Errorf("serve the kubelet's handler: %w", err)
+}
+
+// DialAPI opens a connection whose HTTP/1.1 requests the hub sends to the API
+// server as this node. It fails at once while there is no tunnel.
+func (l *Link) DialAPI(ctx context.Context) (net.Conn, error) {
+	l.mu.Lock()
+	s := l.session
+	l.mu.Unlock()
+	if s == nil {
+		return nil, ErrOffline
+	}
+	return s.Open(ctx, tunnel.OpenRequest{Kind: edgeapi.KindAPI, Class: tunnel.ClassStream})
+}
+
+// ErrOffline is returned by DialAPI while there is no tunnel.
+var ErrOffline = errors.New("not connected to the hub")
+
+func (l *Link) connected(s *tunnel.Session) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.session = s
+	l.state.Connected, l.state.Since, l.state.LastError = true, time.Now(), ""
+	l.log.Info("connected to the hub", "url", l.cfg.Dialer.URL)
+}
+
+func (l *Link) disconnected(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.session = nil
+	l.state.Connected, l.state.Since = false, time.Now()
+	if err != nil {
+		l.state.LastError = err.Error()
+	}
+	l.log.Warn("disconnected from the hub; pods keep running", "err", err)
+}
+
+func (l *Link) setError(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.state.LastError = err.Error()
+}

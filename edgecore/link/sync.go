@@ -1,0 +1,253 @@
+package link
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/skerry-io/skerry/edgecore/store"
+	"github.com/skerry-io/skerry/tunnel"
+	"github.com/skerry-io/skerry/tunnel/edgeapi"
+)
+
+// writesInFlight bounds the writes that wait for the API server's answer. An
+// object in flight is not sent again before its answer.
+const writesInFlight = 16
+
+// sync holds the sync conversation (see edgeapi) until the tunnel ends.
+func (l *Link) sync(ctx context.Context, s *tunnel.Session) error {
+	st, err := s.Open(ctx, tunnel.OpenRequest{Kind: edgeapi.KindSync, Class: tunnel.ClassSync})
+	if err != nil {
+		return fmt.Errorf("open the sync stream: %w", err)
+	}
+	defer st.Close()
+	defer context.AfterFunc(ctx, func() { st.Reset(tunnel.CodeCancelled) })()
+
+	conn := edgeapi.NewConn(st)
+	if err := l.greet(conn); err != nil {
+		return err
+	}
+	// What was in flight on the last tunnel goes again.
+	l.cfg.Store.Outbox().Release()
+	g, ctx := errgroup.WithContext(ctx)
+	// Whichever part fails, the other's wait for the hub must end too.
+	defer context.AfterFunc(ctx, func() { st.Reset(tunnel.CodeCancelled) })()
+	slots := make(chan struct{}, writesInFlight)
+	synced := make(chan struct{})
+	g.Go(func() error { return l.receive(ctx, conn, slots, synced) })
+	g.Go(func() error {
+		// Writes wait for the hub's differences: a pod that was deleted while
+		// the node was away need not be reported first.
+		select {
+		case <-synced:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		return l.send(ctx, conn, slots)
+	})
+	defer func() {
+		rawOut, wireOut, rawIn, wireIn := conn.Bytes()
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.state.RawOut += rawOut
+		l.state.WireOut += wireOut
+		l.state.RawIn += rawIn
+		l.state.WireIn += wireIn
+	}()
+	return g.Wait()
+}
+
+func (l *Link) greet(conn *edgeapi.Conn) error {
+	err := conn.Send(edgeapi.Hello{
+		Version: edgeapi.Version, Agent: l.cfg.Agent,
+		StoreID: l.cfg.Store.SyncEpoch(), Synced: l.cfg.Store.Synced(),
+	})
+	if err != nil {
+		return fmt.Errorf("send hello: %w", err)
+	}
+	var batch edgeapi.Inventory
+	size := 0
+	for _, it := range l.cfg.Store.Inventory() {
+		batch.Items = append(batch.Items, edgeapi.Item{Ref: refOf(it.Key), UID: it.UID, Rev: it.Rev})
+		if size += 80 + len(it.Key.Name) + len(it.UID) + len(it.Rev); size >= edgeapi.BatchBytes {
+			if err := conn.Send(batch); err != nil {
+				return fmt.Errorf("send inventory: %w", err)
+			}
+			batch, size = edgeapi.Inventory{}, 0
+		}
+	}
+	batch.Last = true
+	if err := conn.Send(batch); err != nil {
+		return fmt.Errorf("send inventory: %w", err)
+	}
+	m, err := conn.Receive()
+	if err != nil {
+		return fmt.Errorf("receive welcome: %w", err)
+	}
+	switch m := m.(type) {
+	case edgeapi.Welcome:
+		if m.NodeName != l.cfg.NodeName {
+			return fmt.Errorf("the hub knows this certificate as node %s, the configuration says %s: join again", m.NodeName, l.cfg.NodeName)
+		}
+		l.mu.Lock()
+		l.state.Hub = m.Agent
+		l.mu.Unlock()
+		if off := time.Since(m.Now); off > time.Minute || off < -time.Minute {
+			l.log.Warn("this node's clock differs from the hub's", "offset", off.Round(time.Second))
+		}
+		return nil
+	case edgeapi.Goodbye:
+		return &goodbyeError{m}
+	default:
+		return fmt.Errorf("expected Welcome, got %T", m)
+	}
+}
+
+type goodbyeError struct{ m edgeapi.Goodbye }
+
+func (e *goodbyeError) Error() string { return "the hub refuses this node: " + e.m.Message }
+
+// receive commits deltas and takes results until the stream ends.
+func (l *Link) receive(ctx context.Context, conn *edgeapi.Conn, slots <-chan struct{}, synced chan<- struct{}) error {
+	for {
+		m, err := conn.Receive()
+		if err != nil {
+			return fmt.Errorf("sync stream: %w", err)
+		}
+		switch m := m.(type) {
+		case edgeapi.Delta:
+			if err := l.cfg.Store.ApplyDelta(ctx, l.delta(m)); err != nil {
+				return fmt.Errorf("store delta %d: %w", m.Seq, err)
+			}
+			if err := conn.Send(edgeapi.Ack{Seq: m.Seq}); err != nil {
+				return fmt.Errorf("acknowledge delta %d: %w", m.Seq, err)
+			}
+			l.inStep()
+			if m.Synced && synced != nil {
+				l.syncOnce.Do(func() { close(l.firstSync) })
+				l.assertStatuses(ctx)
+				close(synced)
+				synced = nil
+			}
+		case edgeapi.WriteResult:
+			select {
+			case <-slots:
+			default:
+				return fmt.Errorf("result of write %d that was not sent", m.ID)
+			}
+			l.result(m)
+		case edgeapi.Goodbye:
+			return &goodbyeError{m}
+		default:
+			return fmt.Errorf("unexpected %T from the hub", m)
+		}
+	}
+}
+
+func (l *Link) inStep() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.state.LastSync = time.Now()
+}
+
+// delta translates what came over the wire. A Node that was deleted in the
+// cloud stays here: its pods' deletions come by themselves, and a restart of
+// edgecore registers it again, as a kubelet would.
+func (l *Link) delta(m edgeapi.Delta) store.Delta {
+	var d store.Delta
+	for _, it := range m.Deletes {
+		if it.Resource == "nodes" {
+			l.log.Warn("this node's Node object was deleted in the cloud; restart edgecore to register it again, or run edgecore reset to retire the node", "node", it.Name)
+			continue
+		}
+		d.Deletions = append(d.Deletions, store.Deletion{Key: keyOf(it.Ref), UID: it.UID})
+	}
+	for _, up := range m.Upserts {
+		d.Upserts = append(d.Upserts, store.Upsert{Key: keyOf(up.Ref), UID: up.UID, Rev: up.Rev, Body: up.Body})
+	}
+	if m.Synced {
+		d.Synced = l.cfg.Store.SyncEpoch()
+		if d.Synced == "" {
+			d.Synced = time.Now().UTC().Format(time.RFC3339Nano)
+		}
+	}
+	return d
+}
+
+// assertStatuses sends the statuses of the Node and its pods again after an
+// outage: the cloud's controllers wrote over them meanwhile (Ready=Unknown),
+// and the kubelet, which saw no outage, has no reason to.
+func (l *Link) assertStatuses(ctx context.Context) {
+	err := l.cfg.Store.Local(ctx, func(tx *store.Tx) error {
+		for _, resource := range []string{"nodes", "pods"} {
+			objs, _ := l.cfg.Store.List(resource, "")
+			for _, o := range objs {
+				if o.Local() {
+					continue // its create is in the outbox and carries all
+				}
+				tx.MarkDirty(store.Mark{Op: store.OpStatus, Key: o.Key, UID: o.UID})
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		l.log.Error("statuses not queued", "err", err)
+	}
+}
+
+// send sends the outbox, in its order.
+func (l *Link) send(ctx context.Context, conn *edgeapi.Conn, slots chan<- struct{}) error {
+	for {
+		batch, err := l.cfg.Store.Outbox().Next(ctx)
+		if err != nil {
+			return err
+		}
+		for _, p := range batch {
+			select {
+			case slots <- struct{}{}:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+			uid := p.UID
+			if o, ok := l.cfg.Store.Get(p.Key); ok && o.Local() {
+				uid = "" // made here: the cloud has given another one, or will
+			}
+			err := conn.Send(edgeapi.Write{
+				ID: p.ID, Op: string(p.Op), Ref: refOf(p.Key), UID: uid, Body: p.Body,
+				Labels: p.Labels, Annotations: p.Annotations,
+			})
+			if err != nil {
+				return fmt.Errorf("send write %d: %w", p.ID, err)
+			}
+		}
+	}
+}
+
+// result takes the API server's answer to a write.
+func (l *Link) result(m edgeapi.WriteResult) {
+	box := l.cfg.Store.Outbox()
+	switch {
+	case m.Code >= 200 && m.Code < 300:
+		box.Done(m.ID)
+	case m.Code == 404 || m.Code == 409 || m.Code == 410:
+		// The object moved on; the feed tells how.
+		l.log.Debug("write is void", "id", m.ID, "code", m.Code, "reason", m.Message)
+		box.Done(m.ID)
+	case m.Code == 400 || m.Code == 403 || m.Code == 422:
+		l.log.Warn("the API server refuses a write of this node", "id", m.ID, "code", m.Code, "reason", m.Message)
+		box.Done(m.ID)
+	default:
+		l.log.Info("write failed, will be tried again", "id", m.ID, "code", m.Code, "reason", m.Message)
+		box.Retry(m.ID)
+	}
+}
+
+func refOf(k store.Key) edgeapi.Ref {
+	return edgeapi.Ref{Resource: k.Resource, Namespace: k.Namespace, Name: k.Name}
+}
+
+func keyOf(r edgeapi.Ref) store.Key {
+	return store.Key{Resource: r.Resource, Namespace: r.Namespace, Name: r.Name}
+}
