@@ -31,9 +31,11 @@ type JoinOptions struct {
 	// NodeName is the node's name in the cluster; empty means this machine's
 	// host name.
 	NodeName string
-	// Replace joins although this machine has joined before, and takes the
-	// name over from the node that has it, if the token allows that.
+	// Replace takes the name over from the node that has it, if the token
+	// allows that. It implies Force.
 	Replace bool
+	// Force gives up the identity this machine has, once the new one is there.
+	Force   bool
 	DataDir string        // required; made if missing
 	Timeout time.Duration // for all of it, retries included; zero means 1 minute
 	Log     *slog.Logger  // nil discards
@@ -61,7 +63,7 @@ func Join(ctx context.Context, opts JoinOptions) (*Identity, error) {
 		return nil, fmt.Errorf("join: %w", err)
 	}
 	defer release()
-	if err := j.refuseSecondJoin(opts.Replace); err != nil {
+	if err := j.refuseSecondJoin(opts.Replace || opts.Force); err != nil {
 		return nil, err
 	}
 	key, keyPEM, err := j.pendingKey()
@@ -194,15 +196,15 @@ func prepareDir(dir string) error {
 }
 
 // refuseSecondJoin keeps a node from losing its identity by a slip.
-func (j *joining) refuseSecondJoin(replace bool) error {
+func (j *joining) refuseSecondJoin(giveUp bool) error {
 	present, err := Load(j.dataDir)
 	switch {
-	case replace || errors.Is(err, ErrNotJoined):
+	case giveUp || errors.Is(err, ErrNotJoined):
 		return nil
 	case err != nil:
-		return fmt.Errorf("join: %s holds an identity that cannot be read: %w; with --replace it is given up", j.dataDir, err)
+		return fmt.Errorf("join: %s holds an identity that cannot be read: %w; with --force it is given up", j.dataDir, err)
 	}
-	return fmt.Errorf("join: this machine has joined %s as node %s already (%s); to give that up and join anew, add --replace",
+	return fmt.Errorf("join: this machine has joined %s as node %s already (%s); to give that up and join anew, add --force, or --replace to keep the name",
 		present.HubURL(), present.NodeName(), filepath.Join(j.dataDir, dirName))
 }
 

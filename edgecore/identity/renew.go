@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net/url"
 	"path/filepath"
 	"time"
 
@@ -15,8 +16,11 @@ import (
 
 // RenewerConfig configures a Renewer.
 type RenewerConfig struct {
-	Identity *Identity    // required
-	Log      *slog.Logger // nil discards
+	Identity *Identity // required
+	// HubURL is where to renew; empty means the hub that was joined, at the
+	// address it was joined by.
+	HubURL string
+	Log    *slog.Logger // nil discards
 }
 
 // Renewer trades the node's certificate for a younger one in time. Nothing is
@@ -46,8 +50,15 @@ func NewRenewer(cfg RenewerConfig) (*Renewer, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	hub := cfg.Identity.HubURL()
+	if cfg.HubURL != "" {
+		var err error
+		if hub, err = ParseHubURL(cfg.HubURL); err != nil {
+			return nil, fmt.Errorf("identity: %w", err)
+		}
+	}
 	r := &Renewer{id: cfg.Identity, log: cfg.Log.With("node", cfg.Identity.NodeName()), kick: make(chan struct{}, 1)}
-	r.attempt = func(ctx context.Context) error { return cfg.Identity.renew(ctx, r.log) }
+	r.attempt = func(ctx context.Context) error { return cfg.Identity.renew(ctx, hub, r.log) }
 	return r, nil
 }
 
@@ -137,10 +148,10 @@ func (id *Identity) Renew(ctx context.Context, log *slog.Logger) error {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return id.renew(ctx, log)
+	return id.renew(ctx, id.HubURL(), log)
 }
 
-func (id *Identity) renew(ctx context.Context, log *slog.Logger) error {
+func (id *Identity) renew(ctx context.Context, at *url.URL, log *slog.Logger) error {
 	release, err := lock(id.dataDir)
 	if err != nil {
 		return fmt.Errorf("renew: %w", err)
@@ -158,7 +169,7 @@ func (id *Identity) renew(ctx context.Context, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("renew: make a certificate request: %w", err)
 	}
-	hub := &hubClient{url: present.hub, node: present.meta.NodeName, op: "renew", log: log}
+	hub := &hubClient{url: at, node: present.meta.NodeName, op: "renew", log: log}
 	resp, err := hub.post(ctx, id.ClientTLS(), edgeapi.RenewPath, edgeapi.RenewRequest{CSR: csr})
 	if err != nil {
 		return err
