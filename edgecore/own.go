@@ -1,0 +1,195 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/subtle"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/skerry-io/skerry/edgecore/link"
+	"github.com/skerry-io/skerry/edgecore/store"
+	"github.com/skerry-io/skerry/metrics"
+)
+
+// ownServer answers about edgecore itself: its status on a unix socket that
+// only root can open, and its metrics there and on a loopback port with a
+// bearer token.
+type ownServer struct {
+	dataDir string
+	cfg     Config
+	node    string
+	hub     string
+	link    *link.Link
+	store   *store.Store
+	started time.Time
+	log     *slog.Logger
+
+	socket   net.Listener
+	loopback net.Listener // nil when off
+	token    string
+	registry *metrics.Registry
+}
+
+// Status is what "edgecore status" tells.
+type Status struct {
+	Version string    `json:"version"`
+	Node    string    `json:"node"`
+	Hub     string    `json:"hub"`
+	Started time.Time `json:"started"`
+
+	Connected  bool      `json:"connected"`
+	Since      time.Time `json:"since"` // connected or disconnected since
+	HubVersion string    `json:"hubVersion,omitempty"`
+	LastSync   time.Time `json:"lastSync,omitzero"`
+	LastError  string    `json:"lastError,omitempty"`
+	RTT        string    `json:"rtt,omitempty"`
+
+	Synced        bool           `json:"synced"` // a complete set was stored once
+	Objects       map[string]int `json:"objects"`
+	Outbox        int            `json:"outbox"`
+	EventsDropped uint64         `json:"eventsDropped"`
+	StoreWritten  uint64         `json:"storeWrittenBytes"`
+	TunnelSent    uint64         `json:"tunnelSentBytes"`
+	TunnelRecv    uint64         `json:"tunnelReceivedBytes"`
+}
+
+// listen opens the socket and the port, so that what is wrong with them is
+// told before anything starts.
+func (s *ownServer) listen() error {
+	path := filepath.Join(s.dataDir, adminSocket)
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("status socket: %w", err)
+	}
+	var err error
+	if s.socket, err = net.Listen("unix", path); err != nil {
+		return fmt.Errorf("status socket: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return fmt.Errorf("status socket: %w", err)
+	}
+	if s.registry, err = metrics.New(metrics.Config{Program: "edgecore", Version: version, Log: s.log}); err != nil {
+		return err
+	}
+	if err := s.registry.Register(edgeCollector{s.status}); err != nil {
+		return fmt.Errorf("register metrics: %w", err)
+	}
+	if s.cfg.Metrics.Listen == "off" {
+		return nil
+	}
+	host, _, err := net.SplitHostPort(s.cfg.Metrics.Listen)
+	if ip := net.ParseIP(host); err != nil || ip == nil || !ip.IsLoopback() {
+		return fmt.Errorf("metrics.listen %q is not a loopback address with a port; the hub reads the same metrics through the tunnel", s.cfg.Metrics.Listen)
+	}
+	if s.token, err = ensureToken(filepath.Join(s.dataDir, metricsToken)); err != nil {
+		return err
+	}
+	if s.loopback, err = net.Listen("tcp", s.cfg.Metrics.Listen); err != nil {
+		return fmt.Errorf("metrics: %w; choose another address with metrics.listen in %s, or \"off\"", err, filepath.Join(s.dataDir, configFile))
+	}
+	return nil
+}
+
+func (s *ownServer) run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	serve := func(l net.Listener, h http.Handler) {
+		srv := &http.Server{
+			Handler: h, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
+			ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		}
+		g.Go(func() error {
+			if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+				return fmt.Errorf("serve %s: %w", l.Addr(), err)
+			}
+			return nil
+		})
+		g.Go(func() error { <-ctx.Done(); return srv.Close() })
+	}
+	// The socket's mode is its authentication.
+	local := http.NewServeMux()
+	local.HandleFunc("GET /v1/status", s.serveStatus)
+	local.Handle("GET /metrics", s.metricsHandler(func(*http.Request) error { return nil }))
+	serve(s.socket, local)
+	if s.loopback != nil {
+		mux := http.NewServeMux()
+		mux.Handle("GET /metrics", s.metricsHandler(s.checkToken))
+		serve(s.loopback, mux)
+	}
+	return g.Wait()
+}
+
+func (s *ownServer) metricsHandler(authorize func(*http.Request) error) http.Handler {
+	return s.registry.Handler(authorize)
+}
+
+func (s *ownServer) checkToken(r *http.Request) error {
+	got := strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")
+	if subtle.ConstantTimeCompare([]byte(got), []byte(s.token)) != 1 {
+		return errors.New("wrong or no bearer token")
+	}
+	return nil
+}
+
+func (s *ownServer) status() Status {
+	l := s.link.State()
+	st := Status{
+		Version: version, Node: s.node, Hub: s.hub, Started: s.started,
+		Connected: l.Connected, Since: l.Since, HubVersion: l.Hub, LastSync: l.LastSync, LastError: l.LastError,
+		Synced: s.store.Synced(), Objects: map[string]int{},
+		Outbox: s.store.Outbox().Depth(), EventsDropped: s.store.Outbox().Dropped(),
+		StoreWritten: s.store.BytesWritten(),
+		TunnelSent:   sum(l.Tunnel.BytesOut[:]), TunnelRecv: sum(l.Tunnel.BytesIn[:]),
+	}
+	if l.Connected && l.Tunnel.RTT > 0 {
+		st.RTT = l.Tunnel.RTT.String()
+	}
+	for _, it := range s.store.Inventory() {
+		st.Objects[it.Key.Resource]++
+	}
+	return st
+}
+
+func sum(classes []uint64) uint64 {
+	var n uint64
+	for _, v := range classes {
+		n += v
+	}
+	return n
+}
+
+func (s *ownServer) serveStatus(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/json")
+	if err := json.NewEncoder(w).Encode(s.status()); err != nil {
+		s.log.Debug("status not sent", "err", err)
+	}
+}
+
+// ensureToken returns the secret in path, made when missing.
+func ensureToken(path string) (string, error) {
+	b, err := os.ReadFile(path)
+	if err == nil && len(b) >= 32 {
+		return strings.TrimSpace(string(b)), nil
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("metrics token: %w", err)
+	}
+	raw := make([]byte, 24)
+	rand.Read(raw)
+	token := hex.EncodeToString(raw)
+	if err := os.WriteFile(path, []byte(token+"\n"), 0o600); err != nil {
+		return "", fmt.Errorf("metrics token: %w", err)
+	}
+	return token, nil
+}

@@ -1,0 +1,162 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+	"k8s.io/apimachinery/pkg/util/duration"
+
+	"github.com/skerry-io/skerry/edgecore/identity"
+	"github.com/skerry-io/skerry/edgecore/kubelet"
+	"github.com/skerry-io/skerry/edgecore/store"
+)
+
+func newStatusCommand() *cobra.Command {
+	var dataDir, output string
+	c := &cobra.Command{
+		Use: "status", Short: "Tell how the running node is", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			st, raw, err := askStatus(c.Context(), dataDir)
+			if err != nil {
+				return err
+			}
+			switch output {
+			case "json":
+				_, err := c.OutOrStdout().Write(raw)
+				return err
+			case "":
+				printStatus(c.OutOrStdout(), st)
+				return nil
+			}
+			return fmt.Errorf("output %q: only json is known", output)
+		},
+	}
+	c.Flags().StringVar(&dataDir, "data-dir", defaultDataDir, "directory of the node's state")
+	c.Flags().StringVarP(&output, "output", "o", "", `"json" for scripts`)
+	return c
+}
+
+const maxStatus = 1 << 20
+
+func askStatus(ctx context.Context, dataDir string) (Status, []byte, error) {
+	path := filepath.Join(dataDir, adminSocket)
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", path)
+	}}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://edgecore/v1/status", nil)
+	if err != nil {
+		return Status{}, nil, err
+	}
+	res, err := client.Do(req)
+	if err != nil {
+		return Status{}, nil, fmt.Errorf("ask edgecore at %s: %w; is it running? Start it with: systemctl start edgecore", path, err)
+	}
+	defer res.Body.Close()
+	raw, err := io.ReadAll(io.LimitReader(res.Body, maxStatus))
+	if err != nil {
+		return Status{}, nil, fmt.Errorf("ask edgecore at %s: %w", path, err)
+	}
+	var st Status
+	if err := json.Unmarshal(raw, &st); err != nil {
+		return Status{}, nil, fmt.Errorf("ask edgecore at %s: %w", path, err)
+	}
+	return st, raw, nil
+}
+
+func printStatus(w io.Writer, st Status) {
+	ago := func(t time.Time) string { return duration.HumanDuration(time.Since(t)) }
+	fmt.Fprintf(w, "node      %s, edgecore %s, up %s\n", st.Node, st.Version, ago(st.Started))
+	if st.Connected {
+		fmt.Fprintf(w, "hub       %s, %s, connected for %s, round trip %s\n", st.Hub, st.HubVersion, ago(st.Since), st.RTT)
+	} else {
+		fmt.Fprintf(w, "hub       %s, not connected for %s: %s\n", st.Hub, ago(st.Since), st.LastError)
+	}
+	switch {
+	case !st.Synced:
+		fmt.Fprintf(w, "store     waiting for the first sync; no pod starts before it\n")
+	case st.LastSync.IsZero():
+		fmt.Fprintf(w, "store     from an earlier run, %d pods\n", st.Objects["pods"])
+	default:
+		fmt.Fprintf(w, "store     in step %s ago, %d pods\n", ago(st.LastSync), st.Objects["pods"])
+	}
+	fmt.Fprintf(w, "outbox    %d changes to send, %d events dropped\n", st.Outbox, st.EventsDropped)
+	fmt.Fprintf(w, "bytes     %d written by the store, %d sent and %d received on this tunnel\n", st.StoreWritten, st.TunnelSent, st.TunnelRecv)
+}
+
+func newCheckCommand() *cobra.Command {
+	var dataDir string
+	c := &cobra.Command{
+		Use:   "check",
+		Short: "Tell whether this machine can run pods, and what to do if not",
+		Args:  cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			cfg, err := loadConfig(dataDir)
+			if err != nil {
+				return err
+			}
+			log, err := newLog(cfg.Log)
+			if err != nil {
+				return err
+			}
+			id, err := identity.Load(dataDir)
+			if err != nil {
+				return err
+			}
+			kcfg, err := kubeletConfig(cfg, id.NodeName(), log)
+			if err != nil {
+				return err
+			}
+			bad := 0
+			for _, f := range kubelet.Check(c.Context(), kcfg) {
+				fmt.Fprintln(c.OutOrStdout(), f)
+				if f.Severity == kubelet.Error {
+					bad++
+				}
+			}
+			if bad > 0 {
+				return fmt.Errorf("%d of the findings above keep pods from running", bad)
+			}
+			fmt.Fprintln(c.OutOrStdout(), "this machine can run pods")
+			return nil
+		},
+	}
+	c.Flags().StringVar(&dataDir, "data-dir", defaultDataDir, "directory of the node's state")
+	return c
+}
+
+func newResetCommand() *cobra.Command {
+	var dataDir string
+	var yes bool
+	c := &cobra.Command{
+		Use:   "reset --yes",
+		Short: "Forget this node's objects, so that the next start fetches them anew",
+		Long: `Forget this node's objects, so that the next start fetches them anew from the
+hub. The identity and the configuration are kept. Containers that run now go on
+until edgecore starts again, has synced, and finds that the cluster does not
+want them any more; changes the hub has not confirmed are lost.`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			if !yes {
+				return fmt.Errorf("reset drops the node's store with all changes the hub has not confirmed; say --yes to do it")
+			}
+			if err := store.Reset(filepath.Join(dataDir, storeFile), filepath.Join(dataDir, storeKeyFile)); err != nil {
+				return err
+			}
+			fmt.Fprintf(c.OutOrStdout(), "store in %s removed; start edgecore with a connection to the hub\n", dataDir)
+			return nil
+		},
+	}
+	c.Flags().StringVar(&dataDir, "data-dir", defaultDataDir, "directory of the node's state")
+	c.Flags().BoolVar(&yes, "yes", false, "really do it")
+	return c
+}
