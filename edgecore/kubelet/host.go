@@ -37,8 +37,7 @@ func (h host) read(p string) (string, error) {
 	return string(b), err
 }
 
-// released is the day of the Kubernetes release this is built on. A clock
-// before it is wrong.
+// released is before any build of this program. A clock before it is wrong.
 var released = time.Date(2026, time.June, 1, 0, 0, 0, 0, time.UTC)
 
 // checkHost judges everything but the runtime.

@@ -52,7 +52,11 @@ func New(cfg Config) (*Kubelet, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Kubelet{cfg: cfg, settings: settings, live: make(chan struct{})}, nil
+	k := &Kubelet{cfg: cfg, settings: settings, live: make(chan struct{})}
+	if err := options.ValidateKubeletFlags(&k.server(nil).KubeletFlags); err != nil {
+		return nil, fmt.Errorf("kubelet: %w", err)
+	}
+	return k, nil
 }
 
 // Run waits for the container runtime, checks the host, and runs the kubelet
@@ -77,19 +81,27 @@ func (k *Kubelet) Run(ctx context.Context) error {
 	if err := k.prepareHost(); err != nil {
 		return err
 	}
+	resolv, err := k.prepareResolvConf(hostAt("/"))
+	if err != nil {
+		return err
+	}
 	server := k.server(address)
 	if err := k.buildDependencies(server); err != nil {
 		return err
 	}
 
 	ctx, cancel := context.WithCancelCause(ctx)
+	var watchers sync.WaitGroup
+	defer watchers.Wait()
 	defer cancel(nil)
-	go k.watchAddress(ctx, address, cancel)
+	watchers.Go(func() { k.watchAddress(ctx, address, cancel) })
+	watchers.Go(func() { k.followResolvConf(ctx, resolv) })
 
 	utilfeature.DefaultMutableFeatureGate.AddMetrics()
 	if err := app.Run(ctx, server, k.deps, utilfeature.DefaultFeatureGate); err != nil {
 		return fmt.Errorf("kubelet: run: %w", err)
 	}
+	// app.Run returns nil whatever ended its context.
 	if cause := context.Cause(ctx); errors.Is(cause, ErrAddressChanged) {
 		return cause
 	}

@@ -149,14 +149,19 @@ func dialSocket(ctx context.Context, path string) error {
 		return transient("there is no such socket", "install and start containerd 1.6 or newer (systemctl enable --now containerd), or set runtime.endpoint")
 	case errors.Is(err, fs.ErrPermission):
 		return unusable(path, fmt.Sprintf("permission denied for user id %d", os.Geteuid()), "run as root")
+	case errors.Is(err, syscall.ECONNREFUSED) && !isSocket(path):
+		return unusable(path, "it is not a socket", "set runtime.endpoint to containerd's socket")
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return transient("the socket exists but nobody listens on it", "start containerd (systemctl start containerd) and look into its log")
-	case errors.Is(err, syscall.ENOTSOCK):
-		return unusable(path, "it is not a socket", "set runtime.endpoint to containerd's socket")
 	case errors.Is(err, syscall.EPROTOTYPE):
 		return unusable(path, "it is a socket of another type", "set runtime.endpoint to containerd's socket")
 	}
 	return transient(err.Error(), "look into the runtime's log (journalctl -u containerd)")
+}
+
+func isSocket(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode().Type() == fs.ModeSocket
 }
 
 // explainNoCRI finds out why a listening runtime does not answer CRI v1.

@@ -15,6 +15,7 @@ import (
 	kubeletscheme "k8s.io/kubernetes/pkg/kubelet/apis/config/scheme"
 	"k8s.io/kubernetes/pkg/kubelet/apis/config/validation"
 	"k8s.io/utils/ptr"
+	kjson "sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
 )
 
@@ -150,9 +151,9 @@ func applyOverlay(kc *kubeletconfigv1beta1.KubeletConfiguration, overlay []byte)
 		}
 	}
 
-	dec := json.NewDecoder(bytes.NewReader(asJSON))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(kc); err != nil {
+	// Not encoding/json, which would take "EnableServer" for "enableServer".
+	strict, err := kjson.UnmarshalStrict(asJSON, kc)
+	if err := errors.Join(append(strict, err)...); err != nil {
 		return fmt.Errorf("kubelet: overlay: %w; see the KubeletConfiguration (v1beta1) reference for the keys there are", err)
 	}
 	want := kubeletconfigv1beta1.SchemeGroupVersion.WithKind("KubeletConfiguration")
