@@ -37,8 +37,11 @@ func (e *Enroll) ServerTLS() *tls.Config {
 		MinVersion:     tls.VersionTLS13,
 		NextProtos:     []string{"http/1.1"},
 		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return e.server.get() },
-		// Not VerifyClientCertIfGiven: it knows no grace. VerifyConnection
-		// verifies, on resumed connections too.
+		// A resumed session would show the certificate it began with for as
+		// long as the ticket lives, past renewals that dropped its key. It
+		// saves no round trip either, as tunnels send nothing early.
+		SessionTicketsDisabled: true,
+		// Not VerifyClientCertIfGiven: it knows no grace.
 		ClientAuth: tls.RequestClientCert,
 		VerifyConnection: func(cs tls.ConnectionState) error {
 			if len(cs.PeerCertificates) == 0 {

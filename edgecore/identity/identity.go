@@ -38,8 +38,7 @@ var ErrNotJoined = errors.New("this machine has not joined a hub")
 // Identity is a node's identity. Its methods may be called at once from many
 // goroutines.
 type Identity struct {
-	dataDir  string
-	sessions *sessionCache
+	dataDir string
 
 	mu      sync.RWMutex
 	current *material
@@ -84,7 +83,7 @@ func Load(dataDir string) (*Identity, error) {
 }
 
 func newIdentity(dataDir string, m *material) *Identity {
-	return &Identity{dataDir: dataDir, sessions: newSessionCache(), current: m}
+	return &Identity{dataDir: dataDir, current: m}
 }
 
 // Remove deletes the identity in dataDir, if there is one, and what is left of
@@ -125,7 +124,6 @@ func (id *Identity) adopt(m *material) {
 	id.mu.Lock()
 	id.current = m
 	id.mu.Unlock()
-	id.sessions.reset()
 }
 
 func (id *Identity) material() *material {
@@ -150,8 +148,10 @@ func (id *Identity) ClientTLS() *tls.Config {
 			cert := id.material().cert
 			return &cert, nil
 		},
-		ClientSessionCache: id.sessions,
-		Time:               id.now,
+		// No session cache: a resumed session carries the certificate it began
+		// with, and a ticket that arrives while the certificate is renewed
+		// would bring the old key back after the hub has dropped it.
+		Time: id.now,
 	}
 }
 
@@ -283,33 +283,4 @@ func parseCertificates(pemBytes []byte) ([]*x509.Certificate, error) {
 		return nil, errors.New("no certificate in it")
 	}
 	return certs, nil
-}
-
-// sessionCache keeps TLS sessions of the present certificate only: a resumed
-// session carries the certificate it began with.
-type sessionCache struct {
-	mu    sync.Mutex
-	cache tls.ClientSessionCache
-}
-
-func newSessionCache() *sessionCache {
-	return &sessionCache{cache: tls.NewLRUClientSessionCache(2)}
-}
-
-func (c *sessionCache) reset() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.cache = tls.NewLRUClientSessionCache(2)
-}
-
-func (c *sessionCache) Get(key string) (*tls.ClientSessionState, bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.cache.Get(key)
-}
-
-func (c *sessionCache) Put(key string, s *tls.ClientSessionState) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.cache.Put(key, s)
 }
