@@ -38,8 +38,7 @@ build: bin/cloudhub bin/edgecore ## Build both programs into bin/
 
 .PHONY: bin/cloudhub bin/edgecore
 bin/cloudhub bin/edgecore: bin/%:
-	@echo "building $@ $(VERSION); the first time takes some minutes"
-	go build -ldflags '$(LDFLAGS)' -o $@ ./$*
+	@deploy/build.sh $@ '$(LDFLAGS)' ./$*
 
 .PHONY: release
 release: ## Build the release archives for all platforms into dist/
@@ -80,12 +79,12 @@ fuzz-short: ## Run every fuzz test for FUZZTIME (10s)
 
 .PHONY: demo
 demo: deps build ## Start a cloud and an edge node on this host and show them at work (needs root)
-	@go build -o bin/demo ./deploy/demo
+	@deploy/build.sh bin/demo '' ./deploy/demo
 	@bin/demo up
 
 .PHONY: demo-down
 demo-down: ## Take down what `make demo` has started, leaving nothing behind
-	@go build -o bin/demo ./deploy/demo
+	@deploy/build.sh bin/demo '' ./deploy/demo
 	@bin/demo down
 
 ##@ Other
