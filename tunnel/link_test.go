@@ -69,6 +69,49 @@ func TestStalledStreams(t *testing.T) {
 	}
 }
 
+func TestStallTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		edge, hub := newPair(t, Config{}, Config{}, nil)
+		for name, reads := range map[string]bool{"reader that has gone": false, "slow reader": true} {
+			near, far := streamPair(t, edge, hub, ClassStream)
+			far.SetStallTimeout(time.Minute)
+			ended := make(chan error, 1)
+			go func() {
+				var err error
+				for err == nil {
+					_, err = near.Write(make([]byte, 32<<10))
+				}
+				ended <- err
+			}()
+			start := time.Now()
+			var err error
+			for err == nil && time.Since(start) < 10*time.Minute {
+				select {
+				case err = <-ended:
+				case <-time.After(50 * time.Second):
+				}
+				if reads {
+					if _, err := io.ReadFull(far, make([]byte, 100)); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			var reset *ResetError
+			switch {
+			case reads && err != nil:
+				t.Errorf("%s: %v", name, err)
+			case !reads && (!errors.As(err, &reset) || reset.Code != CodeStalled || time.Since(start) > 3*time.Minute):
+				t.Errorf("%s: %v after %v", name, err, time.Since(start))
+			}
+			if _, err := far.Read(make([]byte, 1)); !reads && (!errors.As(err, &reset) || reset.Code != CodeStalled) {
+				t.Errorf("%s: Read %v", name, err)
+			}
+			near.Close()
+			far.Close()
+		}
+	})
+}
+
 // cutConn is a link that can be cut without either end being told: from then on
 // what is written vanishes and nothing arrives.
 type cutConn struct {

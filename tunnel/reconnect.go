@@ -31,10 +31,14 @@ func (b Backoff) withDefaults() Backoff {
 // wait returns how long to wait before the next attempt, after failures in a
 // row (1 or more) the last of which was err.
 func (b Backoff) wait(failures int, err error) time.Duration {
-	bound := b.Max
-	if shift := failures - 1; shift < 30 {
-		bound = min(b.Base<<shift, b.Max)
+	bound := b.Base
+	for range failures - 1 {
+		if bound >= b.Max {
+			break
+		}
+		bound *= 2
 	}
+	bound = min(bound, b.Max)
 	var de *DialError
 	if !errors.As(err, &de) {
 		return jitter(bound)

@@ -244,6 +244,7 @@ func (s *Session) end(err error, tell bool) {
 	s.out.drop()
 	for _, st := range streams {
 		st.wcond.Broadcast()
+		st.stopTimersLocked()
 	}
 	if tell {
 		s.farewellLocked(err)

@@ -36,7 +36,7 @@ type Stream struct {
 	wdeadline  deadline
 	granting   bool // a CREDIT waits to be sent
 	grant      uint64
-	stallTimer *time.Timer
+	stall      *time.Timer // nil unless SetStallTimeout was called
 
 	// Guarded by rmu: the receiving half.
 	rmu       sync.Mutex
@@ -290,8 +290,8 @@ func (st *Stream) sessionEnded(err error) {
 
 func (st *Stream) stopTimersLocked() {
 	st.wdeadline.stop()
-	if st.stallTimer != nil {
-		st.stallTimer.Stop()
+	if st.stall != nil {
+		st.stall.Stop()
 	}
 }
 
@@ -325,6 +325,43 @@ func (st *Stream) SetWriteDeadline(t time.Time) error {
 	}
 	st.wdeadline.set(t, &st.wcond)
 	return nil
+}
+
+// SetStallTimeout resets the stream with CodeStalled once its receive window has
+// been full and nothing was read for d, or up to twice that; zero means never.
+// It is for streams whose bytes are not worth keeping for a reader that has
+// gone, as logs: an exec may well wait.
+func (st *Stream) SetStallTimeout(d time.Duration) {
+	st.s.mu.Lock()
+	defer st.s.mu.Unlock()
+	if st.stall != nil {
+		st.stall.Stop()
+		st.stall = nil
+	}
+	if d <= 0 || st.closed || st.failed != nil || st.s.err != nil {
+		return
+	}
+	var seen uint64
+	full := false
+	var timer *time.Timer
+	timer = time.AfterFunc(d, func() {
+		st.rmu.Lock()
+		stuck := full && seen == st.consumed
+		seen, full = st.consumed, st.granted == st.received && st.buf.size > 0
+		st.rmu.Unlock()
+		st.s.mu.Lock()
+		defer st.s.mu.Unlock()
+		switch {
+		case st.stall != timer || st.closed || st.failed != nil || st.s.err != nil:
+			return
+		case stuck:
+			st.s.resetLocked(st, CodeStalled)
+			st.dropUnread(&ResetError{Code: CodeStalled})
+		default:
+			timer.Reset(d)
+		}
+	})
+	st.stall = timer
 }
 
 // deadline wakes a condition's waiters when its time has come. The condition's
