@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"path"
 	"strings"
 	"sync"
 	"time"
@@ -69,6 +70,8 @@ func (u *Upstream) relayHandler(node string) http.Handler {
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
+		case path.Clean(r.URL.Path) != r.URL.Path:
+			refuse(w, http.StatusBadRequest, metav1.StatusReasonBadRequest, "path is not clean: "+r.URL.Path)
 		case !strings.HasPrefix(r.URL.Path, "/api/") && !strings.HasPrefix(r.URL.Path, "/apis/"):
 			refuse(w, http.StatusNotFound, metav1.StatusReasonNotFound, "only /api/ and /apis/ are relayed, not "+r.URL.Path)
 		case r.URL.Query().Has("watch") || strings.Contains(r.URL.Path, "/watch/"):

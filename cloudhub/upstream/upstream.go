@@ -25,6 +25,7 @@ import (
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
@@ -62,9 +63,10 @@ type Upstream struct {
 	timeout   time.Duration
 	log       *slog.Logger
 
-	base   *url.URL          // of the API server
-	direct http.RoundTripper // impersonates the node in the request's context
-	client kubernetes.Interface
+	base   *url.URL             // of the API server
+	direct http.RoundTripper    // impersonates the node in the request's context
+	client kubernetes.Interface // as the node
+	own    kubernetes.Interface // as the hub; reads only
 
 	writes, failed, skipped atomic.Uint64
 }
@@ -79,6 +81,10 @@ func New(cfg Config) (*Upstream, error) {
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	own, err := kubernetes.NewForConfig(cfg.REST)
+	if err != nil {
+		return nil, fmt.Errorf("upstream: %w", err)
 	}
 	rc := rest.CopyConfig(cfg.REST)
 	// The API server's priority and fairness is the limit, and the nodes'
@@ -102,7 +108,7 @@ func New(cfg Config) (*Upstream, error) {
 	}
 	return &Upstream{
 		addresses: cfg.Addresses, timeout: cfg.Timeout, log: cfg.Log,
-		base: base, direct: direct, client: client,
+		base: base, direct: direct, client: client, own: own,
 	}, nil
 }
 
@@ -112,6 +118,9 @@ func (u *Upstream) Write(ctx context.Context, node string, w edgeapi.Write) edge
 	defer cancel()
 	u.writes.Add(1)
 	uid, err := u.do(ctx, node, w)
+	if apierrors.IsForbidden(err) && w.Resource == "pods" {
+		err = u.explainForbidden(ctx, node, w, err)
+	}
 	if err == nil {
 		return edgeapi.WriteResult{ID: w.ID, Code: http.StatusOK, UID: string(uid)}
 	}
@@ -130,6 +139,22 @@ func (u *Upstream) Write(ctx context.Context, node string, w edgeapi.Write) edge
 			"namespace", w.Namespace, "name", w.Name, "code", res.Code, "err", err)
 	}
 	return res
+}
+
+// explainForbidden tells apart why the Node authorizer forbids a pod. It knows a
+// node's pods by a graph: one that is gone, or that the graph does not show
+// yet, is forbidden as another node's pod is.
+func (u *Upstream) explainForbidden(ctx context.Context, node string, w edgeapi.Write, forbidden error) error {
+	pod, err := u.own.CoreV1().Pods(w.Namespace).Get(ctx, w.Name, metav1.GetOptions{})
+	switch {
+	case apierrors.IsNotFound(err):
+		return err
+	case err == nil && w.UID != "" && string(pod.UID) != w.UID:
+		return moved("pods", w, pod.UID)
+	case err == nil && pod.Spec.NodeName == node:
+		return apierrors.NewServiceUnavailable("the API server does not know yet that this pod is the node's: " + forbidden.Error())
+	}
+	return forbidden
 }
 
 // badWriteError is a write that no API server was asked about.
