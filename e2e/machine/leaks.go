@@ -56,39 +56,31 @@ func Leaks(ctx context.Context, before Footprint) ([]string, error) {
 	return left, err
 }
 
-// addProcesses adds the processes and namespaces that are not in the host's
-// pid, mount and network namespaces, and every pid 1 of a machine.
+// addProcesses adds all namespaces that processes are in, and the processes
+// that are not in this one's pid namespace: those inside machines.
 func addProcesses(_ context.Context, f Footprint) error {
-	kinds := []string{"pid", "mnt", "net"}
-	own := map[string]string{}
-	for _, k := range kinds {
-		ns, err := os.Readlink("/proc/self/ns/" + k)
-		if err != nil {
-			return err
-		}
-		own[k] = ns
+	own, err := os.Readlink("/proc/self/ns/pid")
+	if err != nil {
+		return err
 	}
 	procs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
 		return err
 	}
 	for _, dir := range procs {
-		foreign := false
-		for _, k := range kinds {
-			ns, err := os.Readlink(filepath.Join(dir, "ns", k))
-			if err != nil {
-				continue // it has just ended, or is a zombie
-			}
-			if ns != own[k] {
-				foreign = true
+		for _, kind := range []string{"mnt", "net", "pid"} {
+			if ns, err := os.Readlink(filepath.Join(dir, "ns", kind)); err == nil { // else it has just ended
 				f["namespace "+ns] = true
 			}
 		}
-		cmdline, err := os.ReadFile(filepath.Join(dir, "cmdline"))
-		if err != nil || !foreign && !bytes.HasPrefix(cmdline, []byte(initArg+"\x00")) {
+		ns, err := os.Readlink(filepath.Join(dir, "ns/pid"))
+		if err != nil || ns == own {
 			continue
 		}
-		f[fmt.Sprintf("process %s: %s", filepath.Base(dir), bytes.ReplaceAll(bytes.TrimRight(cmdline, "\x00"), []byte{0}, []byte{' '}))] = true
+		if cmdline, err := os.ReadFile(filepath.Join(dir, "cmdline")); err == nil {
+			args := strings.ReplaceAll(strings.TrimRight(string(cmdline), "\x00"), "\x00", " ")
+			f[fmt.Sprintf("process %s: %s", filepath.Base(dir), args)] = true
+		}
 	}
 	return nil
 }

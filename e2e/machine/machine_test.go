@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -38,6 +39,12 @@ func TestMain(m *testing.M) {
 	}
 	if dir := os.Getenv("MACHINE_OWNER_DIR"); dir != "" { // see TestOwnerDies
 		os.Exit(ownMachine(dir))
+	}
+	if os.Getenv("MACHINE_UNIFIED") != "" { // see TestUnifiedCgroups
+		if err := mountUnified(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
 	}
 	os.Exit(m.Run())
 }
@@ -234,6 +241,9 @@ func TestPowerOff(t *testing.T) {
 	if err := os.WriteFile(m.Path("/run/lost"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	for _, dir := range cgroupsOf(t, m) {
+		run(t, m, "mkdir", "-p", dir+"/kubepods/pod1") // the kubelet makes such, and they stay when the power goes
+	}
 	p, err := m.Exec(t.Context(), machine.Command{Name: "sleeper", Detach: true, Args: []string{"sleep", "100"}})
 	if err != nil {
 		t.Fatal(err)
@@ -247,6 +257,9 @@ func TestPowerOff(t *testing.T) {
 	}
 	if m.Running() {
 		t.Error("the machine runs after PowerOff")
+	}
+	if left := cgroupsOf(t, m); len(left) > 0 {
+		t.Errorf("cgroups are left: %v", left)
 	}
 	start(t, m)
 	if _, err := os.Stat(m.Path("/var/lib/kept")); err != nil {
@@ -356,6 +369,22 @@ func TestDetached(t *testing.T) {
 		t.Fatal(err)
 	}
 	await(t, "the first Machine knows", func() (bool, string) { return !m.Running(), "" })
+}
+
+func cgroupsOf(t *testing.T, m *machine.Machine) []string {
+	t.Helper()
+	var found []string
+	for _, pattern := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/*"} {
+		dirs, err := filepath.Glob(pattern + m.CgroupRoot())
+		if err != nil {
+			t.Fatal(err)
+		}
+		found = append(found, dirs...)
+	}
+	if m.Running() && len(found) == 0 {
+		t.Errorf("there is no cgroup %s", m.CgroupRoot())
+	}
+	return found
 }
 
 // A machine goes with the process that owns it, however that ends, and what
@@ -516,6 +545,33 @@ func TestPod(t *testing.T) {
 	if again.ip == pod.ip {
 		t.Errorf("the new pod has the old one's address %s, which is still taken", pod.ip)
 	}
+}
+
+// The same on a host that has the unified cgroup hierarchy alone, or in a mount
+// namespace that looks as if. No pods: the controllers they need are bound to
+// where the host has mounted them.
+func TestUnifiedCgroups(t *testing.T) {
+	if os.Getenv("MACHINE_UNIFIED") != "" {
+		t.Fatal("in a circle")
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), exe, "-test.run=^(TestProcesses|TestPowerOff)$", "-test.v")
+	cmd.Env = append(os.Environ(), "MACHINE_UNIFIED=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
+	out, err := cmd.CombinedOutput()
+	if err != nil || !bytes.Contains(out, []byte("--- PASS: TestPowerOff ")) {
+		t.Errorf("%v:\n%s", err, out)
+	}
+}
+
+func mountUnified() error {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return err
+	}
+	return unix.Mount("cgroup2", "/sys/fs/cgroup", "cgroup2", 0, "")
 }
 
 func buildImages(t *testing.T) []string {
