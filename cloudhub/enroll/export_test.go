@@ -1,0 +1,4 @@
+package enroll
+
+// Sweep does one round of housekeeping.
+var Sweep = (*Enroll).sweep
