@@ -39,7 +39,7 @@ type joinAttempt struct {
 // that the same node and key may finish, and that others may take over when it
 // is stale and shows in no record.
 func (e *Enroll) join(ctx context.Context, a *joinAttempt) (NodeRecord, *x509.Certificate, error) {
-	state, err := e.tokens.check(ctx, a)
+	state, err := e.tokens.check(ctx, a, e.recordShows)
 	if err != nil {
 		return NodeRecord{}, nil, err
 	}

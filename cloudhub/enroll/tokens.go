@@ -208,8 +208,11 @@ type grant struct {
 	reserved     bool // a use is reserved and must be completed or released
 }
 
+// recordLookup reports whether node's record has key.
+type recordLookup func(ctx context.Context, node, key string) (bool, error)
+
 // check judges a token without using it up.
-func (t *Tokens) check(ctx context.Context, req *joinAttempt) (tokenState, error) {
+func (t *Tokens) check(ctx context.Context, req *joinAttempt, recordShows recordLookup) (tokenState, error) {
 	_, state, err := t.read(ctx, req.tokenID)
 	if errors.Is(err, ErrNoToken) {
 		hashesEqual(hashToken(req.tokenID, req.tokenSecret), "")
@@ -217,6 +220,9 @@ func (t *Tokens) check(ctx context.Context, req *joinAttempt) (tokenState, error
 	}
 	if err != nil {
 		return state, &unavailable{"read join token", err}
+	}
+	if err := t.dropStale(ctx, &state, recordShows); err != nil {
+		return state, &unavailable{"look for a join that died", err}
 	}
 	return state, t.judge(&state, req)
 }
@@ -256,7 +262,7 @@ func (t *Tokens) judge(state *tokenState, req *joinAttempt) error {
 
 // reserve takes one use of the token for req. Of several that want the last
 // one, the API server's resourceVersion lets exactly one have it.
-func (t *Tokens) reserve(ctx context.Context, req *joinAttempt, recordShows func(ctx context.Context, node, key string) (bool, error)) (*grant, error) {
+func (t *Tokens) reserve(ctx context.Context, req *joinAttempt, recordShows recordLookup) (*grant, error) {
 	g := &grant{tokenID: req.tokenID, node: req.node, key: req.key}
 	err := t.update(ctx, req.tokenID, func(state *tokenState) error {
 		if err := t.dropStale(ctx, state, recordShows); err != nil {
@@ -280,7 +286,7 @@ func (t *Tokens) reserve(ctx context.Context, req *joinAttempt, recordShows func
 // wrote the node's record. A join lives joinTimeout, much less than a
 // reservation; should one be late nevertheless, complete finds the
 // reservation gone and the join fails.
-func (t *Tokens) dropStale(ctx context.Context, state *tokenState, recordShows func(ctx context.Context, node, key string) (bool, error)) error {
+func (t *Tokens) dropStale(ctx context.Context, state *tokenState, recordShows recordLookup) error {
 	kept := state.Redemptions[:0:0]
 	for _, r := range state.Redemptions {
 		if r.CompletedAt.IsZero() && t.now().Sub(r.ReservedAt) > staleReservation {
