@@ -55,6 +55,9 @@ func networkOf(local net.Addr) string {
 // armKeepaliveLocked makes the check come after d.
 func (s *Session) armKeepaliveLocked(d time.Duration) {
 	d = max(d, time.Millisecond)
+	if s.out.broken != nil {
+		return // the check that ends the session is due
+	}
 	if s.keep.timer == nil {
 		s.keep.timer = time.AfterFunc(d, s.checkLink)
 		return
@@ -99,6 +102,11 @@ func (s *Session) checkLink() {
 	s.mu.Lock()
 	if s.err != nil {
 		s.mu.Unlock()
+		return
+	}
+	if err := s.out.broken; err != nil {
+		s.mu.Unlock()
+		s.end(err, false)
 		return
 	}
 	now := s.now()

@@ -9,6 +9,7 @@ import (
 // Kind, so that an http.Server can serve one kind of them. Its backlog is
 // bounded: Offer fails rather than waits.
 type Listener struct {
+	mu      sync.Mutex // held by Offer and Close, so that nothing is offered after the end
 	backlog chan net.Conn
 	done    chan struct{}
 	once    sync.Once
@@ -23,6 +24,8 @@ func NewListener(backlog int) *Listener {
 // Offer hands a stream over. It returns false, and the stream stays the
 // caller's, when the backlog is full or the Listener is closed.
 func (l *Listener) Offer(st net.Conn) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	select {
 	case <-l.done:
 		return false
@@ -54,6 +57,8 @@ func (l *Listener) Accept() (net.Conn, error) {
 // Close ends Accept. Streams in the backlog are closed.
 func (l *Listener) Close() error {
 	l.once.Do(func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
 		close(l.done)
 		for {
 			select {

@@ -351,7 +351,7 @@ func (s *Session) handleData(h header) error {
 		}
 		st.buf.filled(len(p))
 		n -= len(p)
-		st.rcond.Signal()
+		st.rcond.Broadcast()
 	}
 	if st.rclosed || st.rerr != nil {
 		st.buf.drop(s.mem)
@@ -416,7 +416,7 @@ func (s *Session) handleFin(st *Stream) error {
 }
 
 // handleReset ends a stream the peer reset. After its FIN what came before
-// stays readable, unless nobody has accepted the stream.
+// stays readable.
 func (s *Session) handleReset(st *Stream, code uint32) {
 	s.in.last = nil
 	err := &ResetError{Code: code, Remote: true}
@@ -426,7 +426,7 @@ func (s *Session) handleReset(st *Stream, code uint32) {
 	}
 	s.removeIfOverLocked(st)
 	st.wcond.Broadcast()
-	keep := st.peerFin && st.accepted
+	keep := st.peerFin
 	s.mu.Unlock()
 	if !keep {
 		st.dropUnread(err)
@@ -449,7 +449,7 @@ func (s *Session) removeIfOverLocked(st *Stream) {
 // get more handlers running than its limit.
 func (s *Session) releaseSlotLocked(st *Stream) {
 	over := s.streams[st.id] != st
-	unseen := !st.accepted && st.failed != nil
+	unseen := !st.accepted && st.cutLocked()
 	if !st.slot || !over || !(st.closed || unseen) {
 		return
 	}
@@ -460,6 +460,10 @@ func (s *Session) releaseSlotLocked(st *Stream) {
 		s.peerOpen--
 	}
 }
+
+// cutLocked says whether the stream was reset before all that the peer meant to
+// send had come.
+func (st *Stream) cutLocked() bool { return st.failed != nil && !st.peerFin }
 
 // countJunk bounds frames that are allowed but of no use.
 func (s *Session) countJunk(what string) error {

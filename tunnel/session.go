@@ -98,7 +98,8 @@ func newSession(ws *websocket.Conn, cfg Config, hub bool) (*Session, error) {
 	if !hub {
 		own.interval = s.startKeepaliveLocked()
 	}
-	s.pushControlLocked(control{typ: frameHello, data: appendHello(nil, own)})
+	s.out.hello = control{typ: frameHello, data: appendHello(nil, own)}
+	s.pushControlLocked(s.out.hello)
 	s.pushPingLocked()
 	s.armKeepaliveLocked(cfg.HelloTimeout)
 	s.tasks.Go(s.readLoop)
@@ -171,7 +172,7 @@ func (s *Session) acceptNow() *Stream {
 		st := s.unaccepted[0]
 		s.unaccepted[0] = nil
 		s.unaccepted = s.unaccepted[1:]
-		if st.failed != nil { // reset before anyone saw it
+		if st.cutLocked() { // nobody is going to miss it
 			s.releaseSlotLocked(st)
 			continue
 		}
@@ -270,6 +271,9 @@ func (s *Session) farewellLocked(err error) {
 		g = GoAway{Code: closed.Code, Reason: closed.Reason[:min(len(closed.Reason), maxReason)]}
 	}
 	s.out.last = true
+	if s.out.messages == 0 {
+		s.out.control = append(s.out.control, s.out.hello) // nothing may come before it
+	}
 	s.out.control = append(s.out.control, control{typ: frameGoAway, data: appendGoAway(nil, g)})
 	s.keep.timer = time.AfterFunc(s.cfg.CloseGrace, func() { _ = s.raw.Close() })
 	s.startWriterLocked()

@@ -331,3 +331,20 @@ func TestStats(t *testing.T) {
 		t.Errorf("after closing: %+v", h)
 	}
 }
+
+// An end that closes at once still says why, after its HELLO.
+func TestCloseAtOnce(t *testing.T) {
+	for range 20 {
+		ws, hub := newRawEdge(t, Config{}, nil)
+		edge, err := Client(ws, Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		edge.CloseWith(CloseApplication+1, "changed my mind")
+		<-hub.Done()
+		var closed *CloseError
+		if !errors.As(hub.Err(), &closed) || closed.Code != CloseApplication+1 {
+			t.Fatalf("hub: %v", hub.Err())
+		}
+	}
+}

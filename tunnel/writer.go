@@ -16,9 +16,11 @@ import (
 // goroutine that stays until nothing is left. The read loop always leaves it
 // to a goroutine, as it must not wait for the link.
 type sendState struct {
-	writing bool // somebody builds or sends a message; mu is free meanwhile
-	last    bool // the session has ended: only the final GOAWAY still goes out
+	writing bool  // somebody builds or sends a message; mu is free meanwhile
+	last    bool  // the session has ended: only the final GOAWAY still goes out
+	broken  error // the link takes nothing any more
 
+	hello     control   // the first frame
 	control   []control // class 0, in order
 	wsPong    []byte    // answer to a WebSocket ping, which a proxy might send
 	pongWaits bool      // a PONG is in control; a newer stamp takes its place
@@ -115,7 +117,7 @@ func (s *Session) kickLocked(inline bool) {
 }
 
 func (s *Session) startWriterLocked() {
-	if !s.out.writing && s.out.waits() {
+	if !s.out.writing && s.out.broken == nil && s.out.waits() {
 		s.out.writing = true
 		s.tasks.Go(s.writeLoop)
 	}
@@ -128,7 +130,7 @@ func (o *sendState) waits() bool {
 // writeInlineLocked sends one message if nobody else sends and the socket takes
 // it without waiting.
 func (s *Session) writeInlineLocked() bool {
-	if s.out.writing || s.err != nil || s.probe == nil || !s.probe.writable() {
+	if s.out.writing || s.out.broken != nil || s.err != nil || s.probe == nil || !s.probe.writable() {
 		return false
 	}
 	s.out.writing = true
@@ -166,14 +168,25 @@ func (s *Session) writeMessageLocked() bool {
 	if err == nil {
 		err = w.Close()
 	}
-	if err != nil {
-		s.end(s.linkError("write", err), false)
-	} else if last {
+	if err == nil && last {
 		closeWrite(s.raw)
 	}
 	s.mu.Lock()
+	if err != nil {
+		s.brokenLocked(err)
+		return false
+	}
 	s.keep.lastSent = s.now()
-	return err == nil && !last
+	return !last
+}
+
+// brokenLocked notes that writing failed. The session's end is left to the read
+// loop for a moment: the peer's last words may be there to be read.
+func (s *Session) brokenLocked(err error) {
+	if s.out.broken == nil && s.err == nil {
+		s.armKeepaliveLocked(s.cfg.CloseGrace)
+	}
+	s.out.broken = s.linkError("write", err)
 }
 
 func (s *Session) writePongLocked() bool {
@@ -186,10 +199,10 @@ func (s *Session) writePongLocked() bool {
 			err = w.Close()
 		}
 	}
-	if err != nil {
-		s.end(s.linkError("write", err), false)
-	}
 	s.mu.Lock()
+	if err != nil {
+		s.brokenLocked(err)
+	}
 	return err == nil
 }
 
@@ -206,7 +219,8 @@ type message struct {
 func (s *Session) fillLocked() (io.WriteCloser, error) {
 	m := message{s: s, room: MaxMessage}
 	s.fillControlLocked(&m)
-	for m.err == nil && m.room > maxHeader && s.err == nil {
+	// An OPEN that did not fit must not be overtaken by its stream's data.
+	for len(s.out.control) == 0 && m.err == nil && m.room > maxHeader && s.err == nil {
 		st, limit := s.pickLocked()
 		if st == nil {
 			break
@@ -324,7 +338,7 @@ func (s *Session) pickLocked() (*Stream, int) {
 			st.deficit += quantum
 			st.listed = inRest
 			o.rest.push(st)
-		case streams == 1:
+		case streams == 1 && o.sync.len() == 0:
 			return st, MaxMessage
 		default:
 			return st, st.deficit
