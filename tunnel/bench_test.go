@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -248,4 +249,56 @@ func BenchmarkOpen(b *testing.B) {
 			})
 		}
 	}
+}
+
+// BenchmarkIdle reports what an idle session costs, both ends together, as the
+// ends are in one process, against a pair of raw TLS connections.
+func BenchmarkIdle(b *testing.B) {
+	const n = 200
+	b.Run("tls", func(b *testing.B) {
+		for b.Loop() {
+			before := inUse()
+			clients, servers := rawTLS(b, n)
+			for i := range clients {
+				go func() { _, _ = clients[i].Read(make([]byte, 512)) }()
+				go func() { _, _ = servers[i].Read(make([]byte, 512)) }()
+			}
+			reportIdle(b, before, n)
+		}
+	})
+	b.Run("mux", func(b *testing.B) {
+		for b.Loop() {
+			certs, mem := newCerts(b), NewMemory(0)
+			h := newHub(b, certs, Config{Memory: mem})
+			d := &Dialer{URL: h.url, TLS: certs.edgeTLS(), Config: Config{Memory: mem}}
+			before := inUse()
+			var edges, hubs []*Session
+			for range n {
+				s, err := d.Dial(b.Context())
+				if err != nil {
+					b.Fatal(err)
+				}
+				edges, hubs = append(edges, s), append(hubs, <-h.sessions)
+			}
+			reportIdle(b, before, n)
+			for i := range edges {
+				_ = edges[i].Close()
+				_ = hubs[i].Close()
+			}
+		}
+	})
+}
+
+func reportIdle(b *testing.B, before runtime.MemStats, n int) {
+	time.Sleep(100 * time.Millisecond)
+	after := inUse()
+	b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/float64(n)/1024, "heap-kB/pair")
+	b.ReportMetric(float64(after.StackInuse)/float64(n)/1024-float64(before.StackInuse)/float64(n)/1024, "stack-kB/pair")
+}
+
+func inUse() (m runtime.MemStats) {
+	runtime.GC()
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	return m
 }

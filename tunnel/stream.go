@@ -19,24 +19,24 @@ type Stream struct {
 	wmu sync.Mutex // one Write at a time
 
 	// Guarded by s.mu: the sending half and what is common to both.
-	wcond      sync.Cond
-	pend       []byte // what the blocked Write still has to send
-	sent       uint64 // offset of the next byte
-	credit     uint64 // offset up to which the peer takes bytes
-	deficit    int
-	listed     listed
-	finWanted  bool // FIN goes out once pend is empty
-	finSent    bool
-	abandon    bool // RESET(CodeClosed) follows the FIN
-	peerFin    bool
-	failed     *ResetError // reset by either end
-	accepted   bool
-	closed     bool // Close or Reset was called: the application is done with it
-	slot       bool // counts against a limit of open streams
-	wdeadline  deadline
-	granting   bool // a CREDIT waits to be sent
-	grant      uint64
-	stall      *time.Timer // nil unless SetStallTimeout was called
+	wcond     sync.Cond
+	pend      []byte // what the blocked Write still has to send
+	sent      uint64 // offset of the next byte
+	credit    uint64 // offset up to which the peer takes bytes
+	deficit   int
+	listed    listed
+	finWanted bool // FIN goes out once pend is empty
+	finSent   bool
+	abandon   bool // RESET(CodeClosed) follows the FIN
+	peerFin   bool
+	failed    *ResetError // reset by either end
+	accepted  bool
+	closed    bool // Close or Reset was called: the application is done with it
+	slot      bool // counts against a limit of open streams
+	wdeadline deadline
+	granting  bool // a CREDIT waits to be sent
+	grant     uint64
+	stall     *time.Timer // nil unless SetStallTimeout was called
 
 	// Guarded by rmu: the receiving half.
 	rmu       sync.Mutex
