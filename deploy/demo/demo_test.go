@@ -31,7 +31,7 @@ func TestDemo(t *testing.T) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 2*time.Minute)
 		defer cancel()
 		if t.Failed() {
-			for _, log := range []string{"hub.log", "machine/disk/var/log/edgecore.log", "machine/disk/var/log/containerd.log"} {
+			for _, log := range []string{"hub/cloudhub.log", "machine/edgecore.log", "machine/disk/var/log/containerd.log"} {
 				t.Logf("the end of %s:\n%s", log, tail(filepath.Join(dir, log)))
 			}
 		}
@@ -66,14 +66,10 @@ func TestDemo(t *testing.T) {
 	}
 }
 
-func hubOf(t *testing.T, dir string) hubState {
+func hubOf(t *testing.T, dir string) state {
 	t.Helper()
-	d, err := newDemo(dir, "../../bin")
-	if err != nil {
-		t.Fatal(err)
-	}
-	st, err := d.loadHub()
-	if err != nil || !st.running() {
+	st, err := loadState(filepath.Join(dir, "demo.json"))
+	if err != nil || !st.hubRuns() {
 		t.Fatalf("the hub does not run: %+v, %v", st, err)
 	}
 	return st

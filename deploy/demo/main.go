@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"syscall"
 
+	"github.com/skerry-io/skerry/e2e/cluster"
 	"github.com/skerry-io/skerry/e2e/machine"
 )
 
@@ -44,59 +45,65 @@ func run(ctx context.Context, args []string) error {
 		}
 		return err
 	}
-	d, err := newDemo(*dir, *bin)
-	if err != nil {
-		return err
-	}
 	switch flags.Arg(0) {
 	case "up":
-		return d.up(ctx)
+		return up(ctx, *dir, *bin)
 	case "down":
-		return d.down(ctx)
+		return down(ctx, *dir, *bin)
 	}
 	flags.Usage()
 	return errors.New("say up or down")
 }
 
-// demo is the paths and names of it all.
+// demo is the hub and the node, whether they run or not.
 type demo struct {
-	dir      string // all state
-	bin      string // the programs
-	out      *progress
-	kubectl  []string // how to call it, as the user would
-	shownBin string   // bin as the user would write it
+	dir  string // all state
+	bin  string // the programs, as the user named their folder
+	out  *progress
+	hub  *cluster.Hub
+	node *cluster.Node
+	st   state
 }
 
-const (
-	nodeName   = "demo-edge" // of the machine and the node
-	insideBin  = "/opt/skerry/bin"
-	insideData = "/var/lib/skerry/edgecore"
-	insideLog  = "/var/log/edgecore.log"
-)
+const nodeName = "demo-edge" // also the machine's
 
-func newDemo(dir, bin string) (*demo, error) {
-	d := &demo{out: newProgress(os.Stdout), shownBin: bin}
+// open finds the hub and the node of dir, or settles on new ones.
+func open(dir, bin string) (*demo, error) {
+	d := &demo{bin: bin, out: newProgress(os.Stdout)}
 	var err error
 	if d.dir, err = filepath.Abs(dir); err != nil {
 		return nil, err
 	}
-	if d.bin, err = filepath.Abs(bin); err != nil {
+	if bin, err = filepath.Abs(bin); err != nil {
 		return nil, err
 	}
-	d.kubectl = []string{filepath.Join(d.bin, "cloudhub"), "kubectl"}
-	return d, nil
+	programs := cluster.Programs{Cloudhub: filepath.Join(bin, "cloudhub"), Edgecore: filepath.Join(bin, "edgecore")}
+	if d.st, err = loadState(d.statePath()); err != nil {
+		return nil, err
+	}
+	images := d.path("images")
+	d.node, err = cluster.NewNode(cluster.NodeConfig{
+		Dir: d.path("machine"), Name: nodeName, Programs: programs, Detach: true,
+		Images: []string{filepath.Join(images, "pause.tar"), filepath.Join(images, "demo.tar")},
+	})
+	if err != nil {
+		return nil, err
+	}
+	if d.st.Listen == "" { // kept from one run to the next: nodes and kubeconfig have them
+		if d.st.Listen, err = freeAddress("0.0.0.0", "10443"); err != nil {
+			return nil, err
+		}
+		if d.st.API, err = freeAddress("127.0.0.1", "6443"); err != nil {
+			return nil, err
+		}
+	}
+	d.hub, err = cluster.NewHub(cluster.HubConfig{
+		Dir: d.path("hub"), Programs: programs, Listen: d.st.Listen, API: d.st.API,
+		Names: []string{d.node.HostIP()}, Detach: true,
+	})
+	return d, err
 }
 
 func (d *demo) path(name string) string { return filepath.Join(d.dir, name) }
 
-func (d *demo) kubeconfig() string { return d.path("hub/admin.kubeconfig") }
-
-// newMachine finds the machine, or makes a new one that is off.
-func (d *demo) newMachine() (*machine.Machine, error) {
-	return machine.New(machine.Config{
-		Dir:    d.path("machine"),
-		Name:   nodeName,
-		Detach: true,
-		Binds:  []machine.Bind{{Host: d.bin, Inside: insideBin}},
-	})
-}
+func (d *demo) statePath() string { return d.path("demo.json") }

@@ -6,56 +6,47 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
-	"io/fs"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
+	"github.com/skerry-io/skerry/e2e/cluster"
 	"github.com/skerry-io/skerry/e2e/image"
-	"github.com/skerry-io/skerry/e2e/machine"
 )
 
 //go:embed hello.yaml
 var manifest []byte
 
-// edgeConfig keeps the pods in the machine's part of the host's cgroups.
-const edgeConfig = `apiVersion: edgecore.skerry.dev/v1alpha1
-kind: Config
-kubelet:
-  cgroupRoot: %s
-`
-
 // up brings everything up that is not up, and shows it.
-func (d *demo) up(ctx context.Context) error {
+func up(ctx context.Context, dir, bin string) error {
 	for _, program := range []string{"cloudhub", "edgecore"} {
-		if _, err := os.Stat(filepath.Join(d.bin, program)); err != nil {
+		if _, err := os.Stat(filepath.Join(bin, program)); err != nil {
 			return fmt.Errorf("%w; build it with: make build", err)
 		}
 	}
-	if err := os.MkdirAll(d.dir, 0o700); err != nil {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	m, err := d.newMachine()
+	d, err := open(dir, bin)
 	if err != nil {
 		return err
 	}
-	// The hub listens on the machine's network, so that comes first.
-	if err := m.Prepare(ctx); err != nil {
+	if err := d.saveState(); err != nil {
 		return err
 	}
-	steps := []struct {
+	for _, s := range []struct {
 		what string
 		do   func(context.Context) (string, error)
 	}{
-		{"cloud: cloudhub standalone", func(ctx context.Context) (string, error) { return d.startHub(ctx, m.HostIP()) }},
-		{"edge: a machine of its own with containerd", func(ctx context.Context) (string, error) { return d.startMachine(ctx, m) }},
-		{"edge: images of two Go programs, without a registry", func(ctx context.Context) (string, error) { return d.loadImages(ctx, m) }},
-		{"edge: join the cloud with a token", func(ctx context.Context) (string, error) { return d.join(ctx, m) }},
-		{"edge: edgecore until its node is Ready", func(ctx context.Context) (string, error) { return d.startEdge(ctx, m) }},
+		{"cloud: cloudhub standalone", d.startHub},
+		{"edge: images of two Go programs, without a registry", d.buildImages},
+		{"edge: a machine of its own with containerd", d.startMachine},
+		{"edge: join the cloud with a token", d.join},
+		{"edge: edgecore until its node is Ready", d.startEdge},
 		{"cloud: a Deployment until its pods are Ready", d.deploy},
-	}
-	for _, s := range steps {
+	} {
 		if err := d.out.step(ctx, s.what, s.do); err != nil {
 			return err
 		}
@@ -71,123 +62,72 @@ All in %.0f s. Go on with:
   kubectl get pods -o wide
   kubectl exec -it deploy/hello -- /bin/demo tty
 
-The edge's log is %s, the cloud's %s.
+The edge's log is %s,
+the cloud's %s.
 Take it all down with: make demo-down
-`, time.Since(d.out.began).Seconds(), d.kubeconfig(), filepath.Join(d.bin, "cloudhub"), m.Disk(insideLog), d.path("hub.log"))
+`, time.Since(d.out.began).Seconds(), d.hub.Kubeconfig(), d.cloudhub(), d.node.LogPath(), d.hub.LogPath())
 	return nil
 }
 
-func (d *demo) startMachine(ctx context.Context, m *machine.Machine) (string, error) {
-	at := fmt.Sprintf("%s at %s", m.Name(), m.IP())
-	if m.Running() {
-		return at + ", already up", nil
-	}
-	return at, m.Start(ctx)
-}
-
-// loadImages builds and imports the images; containerd keeps what it has when
-// it is the same.
-func (d *demo) loadImages(ctx context.Context, m *machine.Machine) (string, error) {
+func (d *demo) buildImages(ctx context.Context) (string, error) {
 	dir := d.path("images")
-	for _, build := range []func(context.Context, string) (string, error){image.Pause, image.Demo} {
-		tar, err := build(ctx, dir)
-		if err != nil {
-			return "", err
-		}
-		if err := m.ImportImage(ctx, tar); err != nil {
-			return "", err
-		}
-	}
-	return image.PauseName + ", " + image.DemoName, nil
+	_, pause := image.Pause(ctx, dir)
+	_, demo := image.Demo(ctx, dir)
+	return image.PauseName + ", " + image.DemoName, errors.Join(pause, demo)
 }
 
-// join enrols the machine, once.
-func (d *demo) join(ctx context.Context, m *machine.Machine) (string, error) {
-	if _, err := os.Stat(m.Disk(insideData + "/identity")); err == nil {
+func (d *demo) startMachine(ctx context.Context) (string, error) {
+	at := fmt.Sprintf("%s at %s", d.node.Name(), d.node.IP())
+	if d.node.Running() {
+		at += ", already up"
+	}
+	return at, d.node.Boot(ctx)
+}
+
+// join enrols the node, once.
+func (d *demo) join(ctx context.Context) (string, error) {
+	if _, err := os.Stat(d.node.Disk(cluster.EdgeDataDir + "/identity")); err == nil {
 		return "has joined before", nil
-	} else if !errors.Is(err, fs.ErrNotExist) {
-		return "", err
 	}
-	if err := os.MkdirAll(m.Disk(insideData), 0o700); err != nil {
-		return "", err
-	}
-	config := fmt.Sprintf(edgeConfig, m.CgroupRoot())
-	if err := os.WriteFile(m.Disk(insideData+"/config.yaml"), []byte(config), 0o600); err != nil {
-		return "", err
-	}
-	hub, err := d.loadHub()
-	if err != nil {
-		return "", err
-	}
-	// The hub's own part starts after the API server, hence more than one try.
-	var token []byte
-	err = d.await(ctx, time.Minute, func() (err error) {
-		token, err = d.run(ctx, filepath.Join(d.bin, "cloudhub"), "token", "create", "--ttl", "10m", "--allow-replace")
-		return err
-	})
-	if err != nil {
-		return "", err
-	}
-	var out bytes.Buffer
-	p, err := m.Exec(ctx, machine.Command{
-		Args:   []string{insideBin + "/edgecore", "join", "https://" + hub.Listen, "--replace"},
-		Env:    []string{"SKERRY_TOKEN=" + strings.TrimSpace(string(token))},
-		Stdout: &out, Stderr: &out,
-	})
-	if err != nil {
-		return "", err
-	}
-	if err := p.Wait(ctx); err != nil {
-		return "", fmt.Errorf("edgecore join: %w: %s", err, bytes.TrimSpace(out.Bytes()))
-	}
-	first, _, _ := strings.Cut(out.String(), "\n")
-	return first, nil
+	return d.node.HubURL(d.hub), d.node.Join(ctx, d.hub, "--ttl", "10m", "--node-name", nodeName)
 }
 
-func (d *demo) startEdge(ctx context.Context, m *machine.Machine) (string, error) {
-	p, err := m.Proc(ctx, "edgecore")
-	already := err == nil
-	if err != nil {
-		log, err := os.OpenFile(m.Disk(insideLog), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
-		if err != nil {
+func (d *demo) startEdge(ctx context.Context) (string, error) {
+	result := ""
+	p, err := d.node.Proc(ctx, "edgecore")
+	if err == nil {
+		result = "it was running"
+	} else {
+		if err := d.node.Run(ctx); err != nil {
 			return "", err
 		}
-		defer log.Close()
-		p, err = m.Exec(ctx, machine.Command{
-			Name: "edgecore", Args: []string{insideBin + "/edgecore", "run"}, Stdout: log, Stderr: log, Detach: true,
-		})
-		if err != nil {
-			return "", err
+		if p, err = d.node.Proc(ctx, "edgecore"); err != nil {
+			return "", fmt.Errorf("it ended at once: %w; the end of its log:\n%s", err, tail(d.node.LogPath()))
 		}
 	}
-	err = d.await(ctx, 3*time.Minute, func() error {
+	return result, await(ctx, 3*time.Minute, func() error {
 		select {
 		case <-p.Done():
-			return fatal{fmt.Errorf("edgecore has ended: %w; the end of its log:\n%s", p.Wait(ctx), tail(m.Disk(insideLog)))}
+			return fatal{fmt.Errorf("edgecore has ended: %w; the end of its log:\n%s", p.Wait(ctx), tail(d.node.LogPath()))}
 		default:
 		}
-		out, err := d.run(ctx, append(d.kubectl, "get", "node", nodeName, "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status}`)...)
-		if err == nil && string(out) != "True" {
-			err = fmt.Errorf("node %s is not Ready; see %s", nodeName, m.Disk(insideLog))
+		out, err := d.kubectl(ctx, nil, "get", "node", nodeName, "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status}`)
+		if err == nil && out != "True" {
+			err = fmt.Errorf("node %s is not Ready; see %s", nodeName, d.node.LogPath())
 		}
 		return err
 	})
-	if already {
-		return "it was running", err
-	}
-	return "", err
 }
 
 func (d *demo) deploy(ctx context.Context) (string, error) {
-	if _, err := d.runWith(ctx, manifest, append(d.kubectl, "apply", "-f", "-")...); err != nil {
+	if _, err := d.kubectl(ctx, bytes.NewReader(manifest), "apply", "-f", "-"); err != nil {
 		return "", err
 	}
-	_, err := d.run(ctx, append(d.kubectl, "rollout", "status", "deployment/hello", "--timeout=180s")...)
-	if err != nil {
-		pods, _ := d.run(ctx, append(d.kubectl, "get", "pods,events")...)
-		err = fmt.Errorf("%w\n%s", err, pods)
+	if _, err := d.kubectl(ctx, nil, "rollout", "status", "deployment/hello", "--timeout=180s"); err != nil {
+		state, _ := d.kubectl(ctx, nil, "get", "pods,events")
+		return "", fmt.Errorf("%w\n%s", err, state)
 	}
-	return "", err
+	return "", nil
 }
 
 // show runs the commands a user would, and what they print.
@@ -200,19 +140,44 @@ func (d *demo) show(ctx context.Context) error {
 		{"top", "nodes"},
 		{"top", "pods"},
 	} {
-		var out []byte
+		var out string
 		// Figures of new pods take the first samples; the rest is there at once.
-		err := d.await(ctx, 45*time.Second, func() (err error) {
-			out, err = d.run(ctx, append(d.kubectl, args...)...)
+		err := await(ctx, 45*time.Second, func() (err error) {
+			out, err = d.kubectl(ctx, nil, args...)
 			if err != nil && args[0] != "top" {
 				err = fatal{err}
 			}
 			return err
 		})
-		d.out.printf("\n$ %s kubectl %s\n%s", filepath.Join(d.shownBin, "cloudhub"), strings.Join(args, " "), out)
+		d.out.printf("\n$ %s kubectl %s\n%s", filepath.Join(d.bin, "cloudhub"), strings.Join(args, " "), out)
 		if err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+func (d *demo) kubectl(ctx context.Context, stdin io.Reader, args ...string) (string, error) {
+	res, err := d.hub.KubectlIn(ctx, stdin, args...)
+	if err == nil && res.Code != 0 {
+		err = fmt.Errorf("kubectl %s: exit status %d: %s", strings.Join(args, " "), res.Code, strings.TrimSpace(res.Stderr))
+	}
+	return res.Stdout, err
+}
+
+func (d *demo) cloudhub() string {
+	path, err := filepath.Abs(filepath.Join(d.bin, "cloudhub"))
+	if err != nil {
+		return filepath.Join(d.bin, "cloudhub")
+	}
+	return path
+}
+
+func tail(path string) string {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err.Error()
+	}
+	lines := strings.Split(strings.TrimSpace(string(data)), "\n")
+	return strings.Join(lines[max(0, len(lines)-12):], "\n")
 }
