@@ -64,7 +64,7 @@ func TestMain(m *testing.M) {
 		}
 		left, err := machine.Leaks(context.Background(), before)
 		if err != nil || len(left) > 0 {
-			fmt.Fprintln(os.Stderr, "e2e: left behind:", left, err)
+			fmt.Fprintln(os.Stderr, "e2e: left behind:", len(left), "things, among them", left[:min(len(left), 20)], err)
 			code = 1
 		}
 		return code

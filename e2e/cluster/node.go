@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -26,11 +27,12 @@ const (
 // NodeConfig says how to make an edge node.
 type NodeConfig struct {
 	Dir      string         // the machine's; required
-	Name     string         // of machine and node; required
+	Name     string         // of the node; required
 	Programs Programs       // required
 	Images   []string       // archives to import at the first start
 	Config   map[string]any // laid over edgecore's configuration
 	Env      []string       // of edgecore
+	Bare     bool           // a machine without containerd
 	Detach   bool           // let machine and edgecore outlive this process
 }
 
@@ -44,8 +46,11 @@ type Node struct {
 
 // NewNode makes the machine; it starts nothing.
 func NewNode(cfg NodeConfig) (*Node, error) {
+	// Cgroups are named after the machine and shared by the whole host: two
+	// clusters on it may have nodes of the same name.
+	sum := sha256.Sum256([]byte(cfg.Dir))
 	m, err := machine.New(machine.Config{
-		Dir: cfg.Dir, Name: cfg.Name, Detach: cfg.Detach,
+		Dir: cfg.Dir, Name: fmt.Sprintf("%s-%x", cfg.Name, sum[:3]), Detach: cfg.Detach, NoContainerd: cfg.Bare,
 		Binds: []machine.Bind{{Host: cfg.Programs.Edgecore, Inside: edgecore}},
 	})
 	if err != nil {
@@ -53,6 +58,9 @@ func NewNode(cfg NodeConfig) (*Node, error) {
 	}
 	return &Node{Machine: m, cfg: cfg}, nil
 }
+
+// Name is the node's name in the cluster.
+func (n *Node) Name() string { return n.cfg.Name }
 
 // Boot powers the machine on, imports the images when it is the first time, and
 // writes edgecore's configuration.
@@ -116,7 +124,7 @@ func (n *Node) Join(ctx context.Context, h *Hub, tokenArgs ...string) error {
 	if err != nil {
 		return err
 	}
-	res, err := n.Edgecore(ctx, "join", n.HubURL(h), "--token", token)
+	res, err := n.Edgecore(ctx, "join", n.HubURL(h), "--token", token, "--node-name", n.Name())
 	if err != nil {
 		return err
 	}
