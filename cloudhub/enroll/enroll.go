@@ -125,7 +125,7 @@ func New(ctx context.Context, cfg Config) (*Enroll, error) {
 		secrets:  secrets,
 		ca:       ca,
 		server:   server,
-		tokens:   &Tokens{secrets: secrets, now: cfg.Clock, pin: ca.pin()},
+		tokens:   newTokens(secrets, cfg.Clock, ca.pin()),
 		index:    newIndex(),
 		pool:     newIPPool(cfg.VirtualCIDR),
 		limits:   newAddressLimiter(cfg.JoinRate, cfg.JoinBurst),

@@ -78,6 +78,17 @@ type Tokens struct {
 	secrets typedcorev1.SecretInterface
 	now     func() time.Time
 	pin     edgeapi.CAPin
+	// turns let one update of a token at a time leave this replica; without
+	// them many joins with one token would meet mostly each other's conflicts.
+	turns [64]chan struct{}
+}
+
+func newTokens(secrets typedcorev1.SecretInterface, now func() time.Time, pin edgeapi.CAPin) *Tokens {
+	t := &Tokens{secrets: secrets, now: now, pin: pin}
+	for i := range t.turns {
+		t.turns[i] = make(chan struct{}, 1)
+	}
+	return t
 }
 
 // tokenState is a token as it is stored. The secret itself is not.
@@ -348,6 +359,16 @@ var errUnchanged = errors.New("unchanged")
 // update changes a token's state under optimistic concurrency: change may run
 // several times, each on a state read anew.
 func (t *Tokens) update(ctx context.Context, id string, change func(*tokenState) error) error {
+	if !validTokenID(id) {
+		return ErrNoToken
+	}
+	turn := t.turns[(id[0]^id[1]<<2^id[2]<<4)%byte(len(t.turns))]
+	select {
+	case turn <- struct{}{}:
+		defer func() { <-turn }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 	return retryConflicts(ctx, func() error {
 		secret, state, err := t.read(ctx, id)
 		if err != nil {
