@@ -184,3 +184,38 @@ func TestManyOpensAtOnce(t *testing.T) {
 		}
 	}
 }
+
+// Whatever room a message has left, filling it comes to an end, and the FIN
+// goes out.
+func TestFinInAnyRoom(t *testing.T) {
+	edge, hub := newPair(t, Config{}, Config{}, nil)
+	for room := 1; room < 100; room++ {
+		n := MaxMessage - room
+		near, err := edge.Open(t.Context(), OpenRequest{Kind: "fill"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		far := acceptStream(t, hub)
+		edge.mu.Lock()
+		near.pend, near.finWanted = make([]byte, n), true
+		edge.activateLocked(near)
+		last := newStream(edge, edge.nextID, OpenRequest{Kind: "last", Class: ClassStream}, true)
+		edge.nextID += 2
+		edge.streams[last.id] = last
+		last.finWanted, last.abandon = true, true
+		edge.pushControlLocked(control{typ: frameOpen, id: last.id, data: appendOpen(nil, ClassStream, "last", "")})
+		edge.activateLocked(last)
+		edge.kickLocked(false)
+		edge.mu.Unlock()
+		if got, err := io.Copy(io.Discard, far); err != nil || got != int64(n) {
+			t.Fatalf("%d bytes, %v", got, err)
+		}
+		far.Close()
+		near.Close()
+		st := acceptStream(t, hub)
+		if _, err := io.ReadAll(st); err != nil {
+			t.Fatal(err)
+		}
+		st.Close()
+	}
+}

@@ -206,6 +206,9 @@ func (s *Session) writePongLocked() bool {
 	return err == nil
 }
 
+// leastRoom is enough for a FIN and the RESET that may follow it.
+const leastRoom = 2*maxHeader + 9
+
 // message is a WebSocket message being filled.
 type message struct {
 	s    *Session
@@ -219,8 +222,10 @@ type message struct {
 func (s *Session) fillLocked() (io.WriteCloser, error) {
 	m := message{s: s, room: MaxMessage}
 	s.fillControlLocked(&m)
-	// An OPEN that did not fit must not be overtaken by its stream's data.
-	for len(s.out.control) == 0 && m.err == nil && m.room > maxHeader && s.err == nil {
+	// An OPEN that did not fit must not be overtaken by its stream's data. Where
+	// there is room at all, there is enough for the stream's last frames, so
+	// that each pick gets somewhere.
+	for len(s.out.control) == 0 && m.err == nil && m.room >= leastRoom && s.err == nil {
 		st, limit := s.pickLocked()
 		if st == nil {
 			break
@@ -361,7 +366,7 @@ func (s *Session) fillStreamLocked(m *message, st *Stream, limit int) {
 			st.wcond.Signal()
 		}
 	}
-	if len(st.pend) > 0 || !st.finWanted || st.finSent || m.room < 2*maxHeader {
+	if len(st.pend) > 0 || !st.finWanted || st.finSent || m.room < leastRoom {
 		return
 	}
 	st.finSent = true
@@ -382,7 +387,7 @@ func (s *Session) accountLocked(st *Stream, n int) {
 		}
 		return
 	}
-	st.deficit -= n
+	st.deficit = max(0, st.deficit-n) // alone it may send more; that is not held against it
 	o.debt = max(0, o.debt-9*n)
 	if st.listed == inFresh && o.rest.len() > 0 {
 		o.freshRun += n
