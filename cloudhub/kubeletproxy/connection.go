@@ -12,14 +12,18 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/skerry-io/skerry/tunnel"
+)
+
+var (
+	_ halfCloser = (*tunnel.Stream)(nil)
+	_ resetter   = (*tunnel.Stream)(nil)
 )
 
 // copyBuffer is what one direction of one connection holds in this process
 // besides the socket's and the stream's own buffers.
 const copyBuffer = 16 << 10 // a TLS record
-
-// resetCancelled is the stream reset code for "the client has gone".
-const resetCancelled = 1
 
 // connection is one connection of the API server to one node.
 type connection struct {
@@ -36,7 +40,7 @@ type halfCloser interface{ CloseWrite() error }
 
 // resetter is a stream that can be ended so that its peer does not take the
 // end for a clean one.
-type resetter interface{ Reset(code uint32) }
+type resetter interface{ Reset(code uint32) error }
 
 // serve copies until both directions have ended, or either has failed. A
 // clean end of one direction closes that direction at the other end; a
@@ -100,7 +104,7 @@ func gone(raw *net.UnixConn) bool {
 func (c *connection) abort() {
 	c.once.Do(func() {
 		if r, ok := c.upstream.(resetter); ok {
-			r.Reset(resetCancelled)
+			r.Reset(tunnel.CodeCancelled) //nolint:errcheck // closed below in any case
 		}
 		c.upstream.Close()
 		c.raw.Close()
