@@ -49,6 +49,16 @@ func (e *Enroll) identify(ctx context.Context, cert *x509.Certificate, grace tim
 
 	rec, known := e.index.node(name)
 	if !known || rec.admits(key) != nil {
+		// A hub that has just started meets all its nodes at once: better to
+		// wait for the index than to look each of them up.
+		select {
+		case <-e.synced:
+		case <-ctx.Done():
+			return NodeRecord{}, refuse(edgeapi.JoinUnavailable, "the hub is still reading its nodes")
+		}
+		rec, known = e.index.node(name)
+	}
+	if !known || rec.admits(key) != nil {
 		// A node that joined at another replica a moment ago is not in the
 		// index so far; ask before turning anyone away.
 		var err error
