@@ -203,9 +203,9 @@ func (k *Kubelet) watchAddress(ctx context.Context, current net.IP, cancel conte
 	if k.cfg.NodeIP != nil {
 		return
 	}
-	tick := time.NewTicker(addressPeriod)
+	tick := time.NewTicker(k.addressPeriod)
 	defer tick.Stop()
-	w := addressWatch{current: current}
+	w := addressWatch{current: current, settle: k.addressSettle}
 	for {
 		select {
 		case <-ctx.Done():
@@ -227,6 +227,7 @@ func (k *Kubelet) watchAddress(ctx context.Context, current net.IP, cancel conte
 // addressWatch decides when another address has settled.
 type addressWatch struct {
 	current   net.IP
+	settle    time.Duration
 	candidate net.IP
 	since     time.Time
 }
@@ -245,7 +246,7 @@ func (w *addressWatch) look(links []link, now time.Time) net.IP {
 		w.candidate, w.since = next, now
 		return nil
 	}
-	if now.Sub(w.since) < addressSettle {
+	if now.Sub(w.since) < w.settle {
 		return nil
 	}
 	return next

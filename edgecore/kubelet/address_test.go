@@ -96,7 +96,7 @@ func TestAddressWatch(t *testing.T) {
 	wlan := []link{{name: "wlan0", hardware: true, addresses: ips("192.168.1.9")}}
 
 	t.Run("gone without another", func(t *testing.T) {
-		w := addressWatch{current: net.ParseIP("10.0.0.5")}
+		w := addressWatch{current: net.ParseIP("10.0.0.5"), settle: addressSettle}
 		for i := range 100 {
 			if got := w.look(nil, start.Add(time.Duration(i)*addressPeriod)); got != nil {
 				t.Fatalf("changes to %v", got)
@@ -104,7 +104,7 @@ func TestAddressWatch(t *testing.T) {
 		}
 	})
 	t.Run("still there beside a better one", func(t *testing.T) {
-		w := addressWatch{current: net.ParseIP("10.0.0.5")}
+		w := addressWatch{current: net.ParseIP("10.0.0.5"), settle: addressSettle}
 		both := append([]link{{name: "wwan0", defaultRoute: true, addresses: ips("100.64.9.9")}}, eth...)
 		for i := range 100 {
 			if got := w.look(both, start.Add(time.Duration(i)*addressPeriod)); got != nil {
@@ -113,7 +113,7 @@ func TestAddressWatch(t *testing.T) {
 		}
 	})
 	t.Run("another settles", func(t *testing.T) {
-		w := addressWatch{current: net.ParseIP("10.0.0.5")}
+		w := addressWatch{current: net.ParseIP("10.0.0.5"), settle: addressSettle}
 		if got := w.look(wlan, start); got != nil {
 			t.Fatalf("changes at once to %v", got)
 		}
@@ -125,7 +125,7 @@ func TestAddressWatch(t *testing.T) {
 		}
 	})
 	t.Run("comes back before another settles", func(t *testing.T) {
-		w := addressWatch{current: net.ParseIP("10.0.0.5")}
+		w := addressWatch{current: net.ParseIP("10.0.0.5"), settle: addressSettle}
 		w.look(wlan, start)
 		w.look(eth, start.Add(addressSettle/2))
 		if got := w.look(wlan, start.Add(addressSettle)); got != nil {
@@ -133,7 +133,7 @@ func TestAddressWatch(t *testing.T) {
 		}
 	})
 	t.Run("first address appears", func(t *testing.T) {
-		w := addressWatch{}
+		w := addressWatch{settle: addressSettle}
 		w.look(nil, start)
 		w.look(eth, start.Add(time.Minute))
 		if got := w.look(eth, start.Add(time.Minute+addressSettle)); !got.Equal(net.ParseIP("10.0.0.5")) {

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -162,21 +161,11 @@ func checkLogs(t *testing.T, e *edge) {
 // checkPortForward speaks the WebSocket form: a channel for data and one for
 // errors, each opened by the port's number.
 func checkPortForward(t *testing.T, e *edge) {
-	d := websocket.Dialer{
-		Subprotocols: []string{"v4.channel.k8s.io"},
-		NetDialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			var d net.Dialer
-			return d.DialContext(ctx, "unix", e.m.Path(kubeletSocket))
-		},
-	}
-	ws, _, err := d.DialContext(t.Context(), "ws://kubelet/portForward/default/web?port=8080", nil)
+	ws, err := e.dial(t, "/portForward/default/web?port=8080")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer ws.Close()
-	if err := ws.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
-		t.Fatal(err)
-	}
 	if err := ws.WriteMessage(websocket.BinaryMessage, append([]byte{0}, "GET /healthz HTTP/1.0\r\nHost: pod\r\n\r\n"...)); err != nil {
 		t.Fatal(err)
 	}
@@ -241,7 +230,7 @@ func checkEndpoints(t *testing.T, e *edge) {
 
 // checkStats compares the summary with the cgroup files of the pod.
 func checkStats(t *testing.T, e *edge, pod *corev1.Pod) {
-	began := time.Now()
+	began, usedBefore := time.Now(), e.cpu(t)
 	var web *statsv1alpha1.PodStats
 	await(t, "the summary has the pod's figures", func() error {
 		var s statsv1alpha1.Summary
@@ -296,7 +285,8 @@ func checkStats(t *testing.T, e *edge, pod *corev1.Pod) {
 		}
 		return nil
 	})
-	t.Logf("volume figures after %v", time.Since(began).Round(time.Second))
+	took := time.Since(began)
+	t.Logf("volume figures after %v; the edge process used %.2f s of processor time per minute, asked for its summary 20 times a second", took.Round(time.Second), (e.cpu(t)-usedBefore).Seconds()/took.Minutes())
 }
 
 // memoryOf reads a container's memory usage where the kernel keeps it.

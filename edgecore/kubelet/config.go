@@ -73,6 +73,10 @@ type Config struct {
 
 	// Log gets the kubelet's own lines too; nil discards.
 	Log *slog.Logger
+	// KubeletLogLevel is the least level of the kubelet's own lines; nil means
+	// slog.LevelInfo. It logs some ten lines per pod start, and as errors some
+	// conditions of a start that pass by themselves.
+	KubeletLogLevel slog.Leveler
 }
 
 const (
@@ -103,6 +107,9 @@ func (c *Config) complete() error {
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.KubeletLogLevel == nil {
+		c.KubeletLogLevel = slog.LevelInfo
 	}
 
 	var errs []error

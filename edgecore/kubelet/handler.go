@@ -19,7 +19,7 @@ func (k *Kubelet) Handler(ctx context.Context) (http.Handler, error) {
 	select {
 	case <-k.live:
 	case <-ctx.Done():
-		return nil, fmt.Errorf("kubelet: handler: the kubelet has not started: %w", context.Cause(ctx))
+		return nil, fmt.Errorf("kubelet: handler: the kubelet has not started: %w", ctx.Err())
 	}
 	k.handlerOnce.Do(func() {
 		// The kubelet's own analyzer, started by it, fills the pods' volume

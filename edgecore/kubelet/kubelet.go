@@ -8,8 +8,10 @@ import (
 	"net/http"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	utilfeature "k8s.io/apiserver/pkg/util/feature"
+	"k8s.io/klog/v2"
 	"k8s.io/kubernetes/cmd/kubelet/app"
 	"k8s.io/kubernetes/cmd/kubelet/app/options"
 	upstream "k8s.io/kubernetes/pkg/kubelet"
@@ -25,6 +27,8 @@ type Kubelet struct {
 	// Immutable after New.
 	cfg      Config
 	settings *config.KubeletConfiguration
+
+	addressPeriod, addressSettle time.Duration // shorter in tests
 
 	ran  atomic.Bool
 	live chan struct{} // closed once the fields below are set
@@ -52,7 +56,10 @@ func New(cfg Config) (*Kubelet, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &Kubelet{cfg: cfg, settings: settings, live: make(chan struct{})}
+	k := &Kubelet{
+		cfg: cfg, settings: settings, live: make(chan struct{}),
+		addressPeriod: addressPeriod, addressSettle: addressSettle,
+	}
 	if err := options.ValidateKubeletFlags(&k.server(nil).KubeletFlags); err != nil {
 		return nil, fmt.Errorf("kubelet: %w", err)
 	}
@@ -67,9 +74,12 @@ func (k *Kubelet) Run(ctx context.Context) error {
 	if !k.ran.CompareAndSwap(false, true) {
 		return errors.New("kubelet: run: it ran already in this process; restart the process")
 	}
-	routeKlog(k.cfg.Log)
+	routeKlog(k.cfg.Log, k.cfg.KubeletLogLevel)
 
 	runtime, err := k.waitForRuntime(ctx)
+	if ctx.Err() != nil {
+		return nil // nothing was started yet
+	}
 	if err != nil {
 		return err
 	}
@@ -124,6 +134,20 @@ func (k *Kubelet) server(address net.IP) *options.KubeletServer {
 	return &options.KubeletServer{KubeletFlags: *flags, KubeletConfiguration: *k.settings}
 }
 
+// measuredCgroups are the pods' and, for the summary's system containers, those
+// of this process and of what the settings name.
+func measuredCgroups(server *options.KubeletServer) []string {
+	roots := []string{cm.NodeAllocatableRoot(server.CgroupRoot, server.CgroupsPerQOS, server.CgroupDriver)}
+	// Not in a cgroup of its own on hosts without systemd: then it has no figures.
+	own, _ := cm.GetKubeletContainer(klog.Background(), server.KubeletCgroups)
+	for _, name := range []string{own, server.RuntimeCgroups, server.SystemCgroups} {
+		if name != "" {
+			roots = append(roots, name)
+		}
+	}
+	return roots
+}
+
 // buildDependencies makes k.deps and has the running kubelet handed out.
 func (k *Kubelet) buildDependencies(server *options.KubeletServer) error {
 	measured := k.cfg.Containers
@@ -131,7 +155,7 @@ func (k *Kubelet) buildDependencies(server *options.KubeletServer) error {
 		var err error
 		measured, err = containers.New(containers.Config{
 			RootDir:            k.cfg.RootDir,
-			CgroupRoots:        []string{cm.NodeAllocatableRoot(server.CgroupRoot, server.CgroupsPerQOS, server.CgroupDriver)},
+			CgroupRoots:        measuredCgroups(server),
 			ContainerdEndpoint: k.cfg.RuntimeEndpoint,
 			Interval:           k.cfg.HousekeepingInterval,
 			Disk:               server.LocalStorageCapacityIsolation,

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -63,15 +64,16 @@ func TestKubelet(t *testing.T) {
 	t.Run("endpoints", func(t *testing.T) { checkEndpoints(t, e) })
 	t.Run("stats", func(t *testing.T) { checkStats(t, e, pod) })
 	t.Run("no listener", func(t *testing.T) { checkNoListener(t, e) })
+	t.Run("terminal", func(t *testing.T) { checkTerminal(t, e) })
+	t.Run("static pod", func(t *testing.T) { checkStaticPod(t, e) })
+	t.Run("containerd restarts", func(t *testing.T) { checkContainerdRestart(t, e) })
 
 	t.Run("kill and restart", func(t *testing.T) {
 		e.kill(t)
 		again := time.Now()
 		e.start(t)
-		e.awaitNodeReady(t)
-		t.Logf("restart to node ready: %v", time.Since(again).Round(10*time.Millisecond))
-		// The kubelet has looked at the pod when it serves it from its own list.
 		e.awaitServed(t, "web")
+		t.Logf("restart to pod served: %v", time.Since(again).Round(10*time.Millisecond))
 		checkSamePod(t, pod, e.pod(t, "web"))
 		if out, _, code := e.exec(t, "web", "cat", "/work/made"); code != 0 || out != "" {
 			t.Errorf("the emptyDir's file: %q, exit code %d", out, code)
@@ -103,6 +105,9 @@ func TestKubelet(t *testing.T) {
 			e.awaitGone(t, p.Name)
 		}
 	})
+
+	t.Run("power cut, containerd late, no cloud", func(t *testing.T) { checkReboot(t, e) })
+	t.Run("address", func(t *testing.T) { checkAddressChange(t, e) })
 
 	t.Run("delete", func(t *testing.T) {
 		e.apply(t, store.Delta{Upserts: deleted(t, e.pod(t, "web"))})
@@ -159,7 +164,7 @@ func newEdge(t *testing.T) *edge {
 		t.Fatal(err)
 	}
 	importImages(t, m)
-	e := &edge{m: m, cfg: edgeConfig{NodeName: nodeName, CgroupRoot: m.CgroupRoot()}}
+	e := &edge{m: m, cfg: edgeConfig{NodeName: nodeName, CgroupRoot: m.CgroupRoot(), StaticPodPath: "/etc/skerry/pods"}}
 	e.control = overSocket(m, controlSocket)
 	e.kubelet = overSocket(m, kubeletSocket)
 	return e
@@ -224,7 +229,7 @@ func (e *edge) log(t *testing.T) *os.File {
 	}
 	t.Cleanup(func() {
 		f.Close()
-		if t.Failed() {
+		if t.Failed() || os.Getenv("SKERRY_TEST_SHOW_LOG") != "" {
 			text, _ := os.ReadFile(e.m.Disk("/var/log/edge.log"))
 			t.Logf("the edge process's log:\n%s", text)
 		}
@@ -372,13 +377,10 @@ func (e *edge) exec(t *testing.T, pod string, command ...string) (stdout, stderr
 	return stdout, stderr, code
 }
 
-// tryExec returns code -1 and the reason in stderr when nothing could be run.
-func (e *edge) tryExec(t *testing.T, pod string, command ...string) (stdout, stderr string, code int) {
+// dial opens a WebSocket to the kubelet. Channels: 0 stdin, 1 stdout, 2 stderr,
+// 3 the end.
+func (e *edge) dial(t *testing.T, path string) (*websocket.Conn, error) {
 	t.Helper()
-	url := "ws://kubelet/exec/default/" + pod + "/main?output=1&error=1"
-	for _, arg := range command {
-		url += "&command=" + arg
-	}
 	d := websocket.Dialer{
 		Subprotocols: []string{"v4.channel.k8s.io"},
 		NetDialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -386,14 +388,24 @@ func (e *edge) tryExec(t *testing.T, pod string, command ...string) (stdout, std
 			return d.DialContext(ctx, "unix", e.m.Path(kubeletSocket))
 		},
 	}
-	ws, res, err := d.DialContext(t.Context(), url, nil)
+	ws, res, err := d.DialContext(t.Context(), "ws://kubelet"+path, nil)
 	if err != nil {
-		text := err.Error()
 		if res != nil {
 			b, _ := io.ReadAll(io.LimitReader(res.Body, 1<<16))
-			text += ": " + string(b)
+			err = fmt.Errorf("%w: %s", err, b)
 		}
-		return "", text, -1
+		return nil, err
+	}
+	return ws, ws.SetReadDeadline(time.Now().Add(30 * time.Second))
+}
+
+// tryExec returns code -1 and the reason in stderr when nothing could be run.
+func (e *edge) tryExec(t *testing.T, pod string, command ...string) (stdout, stderr string, code int) {
+	t.Helper()
+	query := url.Values{"output": {"1"}, "error": {"1"}, "command": command}
+	ws, err := e.dial(t, "/exec/default/"+pod+"/main?"+query.Encode())
+	if err != nil {
+		return "", err.Error(), -1
 	}
 	defer ws.Close()
 	var streams [4]bytes.Buffer
