@@ -47,7 +47,10 @@ func run(ctx context.Context, args []string) error {
 	}
 	switch flags.Arg(0) {
 	case "up":
-		return up(ctx, *dir, *bin)
+		if err := up(ctx, *dir, *bin); err != nil {
+			return fmt.Errorf("%w\ngo on with: make demo; or take it down with: make demo-down", err)
+		}
+		return nil
 	case "down":
 		return down(ctx, *dir, *bin)
 	}
