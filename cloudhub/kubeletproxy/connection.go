@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -32,7 +33,25 @@ type connection struct {
 	tls      *tls.Conn     // over raw
 	upstream net.Conn      // the stream to the node
 
-	once sync.Once
+	once   sync.Once
+	failed atomic.Pointer[error] // set when the end is not a clean one
+}
+
+// clientEnd is what the API server holds. TLS takes a connection that just
+// ends for one that was closed; here it fails with the reason instead.
+type clientEnd struct {
+	net.Conn
+	served *connection
+}
+
+func (c *clientEnd) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if errors.Is(err, io.EOF) {
+		if why := c.served.failed.Load(); why != nil {
+			return n, *why
+		}
+	}
+	return n, err
 }
 
 // halfCloser is a connection whose sending side can be closed alone.
@@ -51,58 +70,69 @@ func (c *connection) serve(handshake time.Duration) error {
 	err := c.tls.HandshakeContext(ctx)
 	cancel()
 	if err != nil {
-		c.abort()
-		return fmt.Errorf("TLS handshake with the API server: %w", err)
+		err = fmt.Errorf("TLS handshake with the API server: %w", err)
+		c.abort(err)
+		return err
 	}
-	up := make(chan error, 1)
-	go func() { up <- c.send() }()
+	sent := make(chan error, 1)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		err := c.send()
+		sent <- err
+		// A client that said goodbye may go on reading. If its socket has
+		// ended too it is gone, and a node that streams to it (logs -f) must
+		// hear so now and not at its next write.
+		if err == nil && gone(c.raw) {
+			c.abort(errors.New("the client has gone"))
+		}
+	})
 	err = c.receive()
-	if err != nil {
-		c.abort()
-	}
-	if e := <-up; err == nil {
+	if e := <-sent; err == nil {
 		err = e
 	}
 	c.finish()
+	wg.Wait()
 	return err
 }
 
 // send copies what the API server sends to the node.
 func (c *connection) send() error {
-	if _, err := io.CopyBuffer(onlyWriter{c.upstream}, onlyReader{c.tls}, make([]byte, copyBuffer)); err != nil {
-		c.abort()
-		return fmt.Errorf("from the API server: %w", err)
+	_, err := io.CopyBuffer(onlyWriter{c.upstream}, onlyReader{c.tls}, make([]byte, copyBuffer))
+	if err == nil {
+		err = closeWrite(c.upstream)
 	}
-	// The client said goodbye. If its socket has ended too it is gone, not
-	// half closed, and a node that streams to it (logs -f) must hear so now
-	// and not at its next write.
-	if gone(c.raw) {
-		c.abort()
-		return nil
+	if err != nil {
+		err = fmt.Errorf("send to the node: %w", err)
+		c.abort(err)
 	}
-	return closeWrite(c.upstream)
+	return err
 }
 
 // receive copies what the node sends to the API server.
 func (c *connection) receive() error {
-	if _, err := io.CopyBuffer(onlyWriter{c.tls}, onlyReader{c.upstream}, make([]byte, copyBuffer)); err != nil {
-		return fmt.Errorf("from the node: %w", err)
+	_, err := io.CopyBuffer(onlyWriter{c.tls}, onlyReader{c.upstream}, make([]byte, copyBuffer))
+	if err == nil {
+		err = c.tls.CloseWrite()
 	}
-	return c.tls.CloseWrite()
+	if err != nil {
+		err = fmt.Errorf("receive from the node: %w", err)
+		c.abort(err)
+	}
+	return err
 }
 
-// gone waits for the raw socket to say something after TLS has ended: a
-// client that only closed its sending side stays silent until it goes.
+// gone waits for the raw socket's end after TLS has ended: a client that only
+// closed its sending side keeps it open until it goes.
 func gone(raw *net.UnixConn) bool {
 	var b [1]byte
 	_, err := raw.Read(b[:])
 	return errors.Is(err, io.EOF)
 }
 
-// abort ends both sides at once. The API server sees its connection break
-// without TLS's goodbye.
-func (c *connection) abort() {
+// abort ends both sides at once; the API server's end fails with why.
+func (c *connection) abort(why error) {
 	c.once.Do(func() {
+		c.failed.Store(&why)
 		if r, ok := c.upstream.(resetter); ok {
 			r.Reset(tunnel.CodeCancelled) //nolint:errcheck // closed below in any case
 		}

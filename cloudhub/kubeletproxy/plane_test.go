@@ -273,7 +273,7 @@ func addPod(t *testing.T, p *planetest.Plane, name, node string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	running := []byte(`{"status":{"phase":"Running"}}`)
+	running := []byte(`{"status":{"phase":"Running","containerStatuses":[{"name":"c","image":"c","imageID":"c","ready":true,"started":true,"restartCount":0,"state":{"running":{}}}]}}`)
 	if _, err := p.Client.CoreV1().Pods("default").Patch(t.Context(), name, types.MergePatchType, running, metav1.PatchOptions{}, "status"); err != nil {
 		t.Fatal(err)
 	}

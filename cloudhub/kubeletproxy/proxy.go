@@ -18,6 +18,8 @@ const (
 	defaultMaxConnections   = 16384
 )
 
+var errStopping = errors.New("connect to the kubelet: the cloudhub is stopping")
+
 // Nodes opens a raw HTTP/1.1 connection to the kubelet handler of the node
 // with that virtual InternalIP. ctx bounds the opening, not the connection.
 // The error's text reaches the user of kubectl as it is.
@@ -86,7 +88,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 	p.mu.Lock()
 	p.closed = true
 	for c := range p.conns {
-		c.abort()
+		c.abort(errStopping)
 	}
 	p.mu.Unlock()
 	p.wg.Wait()
@@ -121,11 +123,11 @@ func (p *Proxy) DialNode(ctx context.Context, network, addr string) (net.Conn, e
 	}
 	c := &connection{ip: ip, raw: raw, tls: tls.Server(raw, p.tlsConfig(cert)), upstream: upstream}
 	if err := p.start(c); err != nil {
-		c.abort()
+		c.abort(err)
 		client.Close()
 		return nil, err
 	}
-	return client, nil
+	return &clientEnd{Conn: client, served: c}, nil
 }
 
 func kubeletIP(network, addr string) (netip.Addr, error) {
@@ -170,7 +172,7 @@ func (p *Proxy) room() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
-		return errors.New("connect to the kubelet: the cloudhub is stopping")
+		return errStopping
 	}
 	if len(p.conns) >= p.cfg.MaxConnections {
 		return fmt.Errorf("connect to the kubelet: %d kubelet connections are open already; try again later", len(p.conns))
@@ -183,7 +185,7 @@ func (p *Proxy) start(c *connection) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
-		return errors.New("connect to the kubelet: the cloudhub is stopping")
+		return errStopping
 	}
 	p.conns[c] = struct{}{}
 	p.wg.Add(1)
