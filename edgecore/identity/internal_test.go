@@ -13,7 +13,9 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -290,28 +292,37 @@ func TestRenewerSchedule(t *testing.T) {
 			t.Fatal(err)
 		}
 		began := time.Now()
-		var tries []time.Duration
+		var mu sync.Mutex
+		var all []time.Duration
 		fail := true
 		r.attempt = func(context.Context) error {
-			tries = append(tries, time.Since(began))
+			mu.Lock()
+			defer mu.Unlock()
+			all = append(all, time.Since(began))
 			if fail {
 				return errors.New("the hub cannot be reached")
 			}
 			id.adopt(newMaterial(t, ca, life))
 			return nil
 		}
+		// triesAfter lets virtual time pass and returns all tries so far.
+		triesAfter := func(d time.Duration) []time.Duration {
+			time.Sleep(d)
+			synctest.Wait()
+			mu.Lock()
+			defer mu.Unlock()
+			return slices.Clone(all)
+		}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- r.Run(ctx) }()
 
-		time.Sleep(life * 2 / 3) // virtual time
-		synctest.Wait()
+		tries := triesAfter(life * 2 / 3)
 		if len(tries) == 0 || tries[0] < life*2/3-life/20 {
 			t.Fatalf("tried after %v of %s", tries, time.Duration(life))
 		}
 		before := len(tries)
-		time.Sleep(24 * time.Hour)
-		synctest.Wait()
+		tries = triesAfter(24 * time.Hour)
 		if n := len(tries) - before; n < 12 || n > 40 {
 			t.Errorf("%d tries in a day of failures", n)
 		}
@@ -320,20 +331,17 @@ func TestRenewerSchedule(t *testing.T) {
 				t.Errorf("try %d came %s after the one before", i, gap)
 			}
 		}
+		mu.Lock()
 		fail = false
-		time.Sleep(2 * time.Hour)
-		synctest.Wait()
-		done1 := len(tries)
-		time.Sleep(30 * 24 * time.Hour)
-		synctest.Wait()
-		if len(tries) != done1 {
-			t.Errorf("%d tries while nothing was due", len(tries)-done1)
+		mu.Unlock()
+		renewed := len(triesAfter(2 * time.Hour))
+		if n := len(triesAfter(30 * 24 * time.Hour)); n != renewed {
+			t.Errorf("%d tries while nothing was due", n-renewed)
 		}
 		r.Kick()
 		r.Kick()
-		synctest.Wait()
-		if len(tries) == done1 || len(tries) > done1+2 {
-			t.Errorf("%d tries after a kick", len(tries)-done1)
+		if n := len(triesAfter(0)); n == renewed || n > renewed+2 {
+			t.Errorf("%d tries after a kick", n-renewed)
 		}
 		cancel()
 		if err := <-done; err != nil {
