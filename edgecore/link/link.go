@@ -163,14 +163,14 @@ func (l *Link) accept(ctx context.Context, s *tunnel.Session, kubelet *tunnel.Li
 // session, as every stream does.
 func (l *Link) serveKubelet(ctx context.Context, streams net.Listener) error {
 	srv := &http.Server{
-		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		Handler: gatherLines(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			h, err := l.cfg.Kubelet(r.Context())
 			if err != nil {
 				http.Error(w, fmt.Sprintf("node %s: %v", l.cfg.NodeName, err), http.StatusServiceUnavailable)
 				return
 			}
 			h.ServeHTTP(w, r)
-		}),
+		})),
 		ReadHeaderTimeout: 20 * time.Second,
 		IdleTimeout:       30 * time.Second, // an idle stream keeps the hub from parking the tunnel
 		MaxHeaderBytes:    64 << 10,
