@@ -186,6 +186,11 @@ func kubeletConfig(cfg Config, node string, log *slog.Logger) (kubelet.Config, e
 		ClusterDomain:   cfg.Kubelet.ClusterDomain,
 		CSI:             cfg.Kubelet.CSI,
 		Log:             log,
+		// The kubelet's narration is for those who look for something.
+		KubeletLogLevel: slog.LevelWarn,
+	}
+	if log.Enabled(context.Background(), slog.LevelDebug) {
+		k.KubeletLogLevel = slog.LevelInfo
 	}
 	if cfg.Node.IP != "" {
 		if k.NodeIP = net.ParseIP(cfg.Node.IP); k.NodeIP == nil {

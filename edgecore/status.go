@@ -15,7 +15,6 @@ import (
 
 	"github.com/skerry-io/skerry/edgecore/identity"
 	"github.com/skerry-io/skerry/edgecore/kubelet"
-	"github.com/skerry-io/skerry/edgecore/store"
 )
 
 func newStatusCommand() *cobra.Command {
@@ -131,32 +130,5 @@ func newCheckCommand() *cobra.Command {
 		},
 	}
 	c.Flags().StringVar(&dataDir, "data-dir", defaultDataDir, "directory of the node's state")
-	return c
-}
-
-func newResetCommand() *cobra.Command {
-	var dataDir string
-	var yes bool
-	c := &cobra.Command{
-		Use:   "reset --yes",
-		Short: "Forget this node's objects, so that the next start fetches them anew",
-		Long: `Forget this node's objects, so that the next start fetches them anew from the
-hub. The identity and the configuration are kept. Containers that run now go on
-until edgecore starts again, has synced, and finds that the cluster does not
-want them any more; changes the hub has not confirmed are lost.`,
-		Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
-			if !yes {
-				return fmt.Errorf("reset drops the node's store with all changes the hub has not confirmed; say --yes to do it")
-			}
-			if err := store.Reset(filepath.Join(dataDir, storeFile), filepath.Join(dataDir, storeKeyFile)); err != nil {
-				return err
-			}
-			fmt.Fprintf(c.OutOrStdout(), "store in %s removed; start edgecore with a connection to the hub\n", dataDir)
-			return nil
-		},
-	}
-	c.Flags().StringVar(&dataDir, "data-dir", defaultDataDir, "directory of the node's state")
-	c.Flags().BoolVar(&yes, "yes", false, "really do it")
 	return c
 }

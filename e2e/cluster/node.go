@@ -231,6 +231,8 @@ type Status struct {
 	LastError string    `json:"lastError"`
 	Outbox    int       `json:"outbox"`
 
+	Objects map[string]int `json:"objects"`
+
 	StoreWritten uint64 `json:"storeWrittenBytes"`
 	TunnelSent   uint64 `json:"tunnelSentBytes"`
 	TunnelRecv   uint64 `json:"tunnelReceivedBytes"`
