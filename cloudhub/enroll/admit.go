@@ -150,7 +150,7 @@ func howToTake(a *joinAttempt, allowReplace bool, remove string) string {
 	case !allowReplace && a.replace:
 		return "this token does not allow taking it over: make one with cloudhub token create --allow-replace, or " + remove
 	case !allowReplace:
-		return "choose another name, or " + remove
+		return "choose another name, take it over with --replace and a token from cloudhub token create --allow-replace, or " + remove
 	default:
 		return "choose another name, or take it over with --replace"
 	}

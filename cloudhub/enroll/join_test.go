@@ -292,7 +292,7 @@ func TestNameOfForeignNode(t *testing.T) {
 	e := newEdge(hub, "worker-1")
 	err = e.join(t, newToken(t, hub.Enroll, enroll.TokenOptions{}))
 	wantCode(t, err, edgeapi.JoinNameInUse)
-	if want := "the cluster has a Node worker-1 that is not on this hub's record; choose another name, or delete it with: kubectl delete node worker-1"; err.Error() != want {
+	if want := "the cluster has a Node worker-1 that is not on this hub's record; choose another name, take it over with --replace and a token from cloudhub token create --allow-replace, or delete it with: kubectl delete node worker-1"; err.Error() != want {
 		t.Errorf("got  %s\nwant %s", err, want)
 	}
 	req := e.request(t, newToken(t, hub.Enroll, enroll.TokenOptions{AllowReplace: true}))
