@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,6 +10,8 @@ import (
 	"os"
 	"syscall"
 	"time"
+
+	"github.com/skerry-io/skerry/e2e/machine"
 )
 
 // state is kept in demo.json, for the next run.
@@ -19,7 +20,7 @@ type state struct {
 	API    string `json:"api"`    // the API server's
 
 	HubPID   int    `json:"hubPID,omitempty"`
-	HubStart string `json:"hubStart,omitempty"` // of the process, see processStart
+	HubStart uint64 `json:"hubStart,omitempty"` // see machine.StartTime
 }
 
 func loadState(path string) (state, error) {
@@ -45,7 +46,7 @@ func (d *demo) saveState() error {
 	return os.WriteFile(d.statePath(), append(data, '\n'), 0o600)
 }
 
-func (st state) hubRuns() bool { return st.HubPID != 0 && processStart(st.HubPID) == st.HubStart }
+func (st state) hubRuns() bool { return st.HubPID != 0 && machine.StartTime(st.HubPID) == st.HubStart }
 
 // startHub starts the hub unless it runs. It outlives this program.
 func (d *demo) startHub(ctx context.Context) (string, error) {
@@ -60,7 +61,7 @@ func (d *demo) startHub(ctx context.Context) (string, error) {
 	defer cancel()
 	err := d.hub.Start(ctx)
 	if d.hub.Running() { // even if it does not serve, so that "down" finds it
-		d.st.HubPID, d.st.HubStart = d.hub.PID(), processStart(d.hub.PID())
+		d.st.HubPID, d.st.HubStart = d.hub.PID(), machine.StartTime(d.hub.PID())
 		err = errors.Join(err, d.saveState())
 	}
 	return result, err
@@ -100,21 +101,6 @@ func freeAddress(ip, port string) (string, error) {
 	}
 	defer l.Close()
 	return l.Addr().String(), nil
-}
-
-// processStart tells one process from a later one with its pid: when it
-// started, in ticks since boot; empty when it is gone or a zombie.
-func processStart(pid int) string {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return ""
-	}
-	// The name in parentheses may hold anything; what follows it does not.
-	fields := bytes.Fields(data[bytes.LastIndexByte(data, ')')+1:])
-	if len(fields) < 20 || string(fields[0]) == "Z" {
-		return ""
-	}
-	return string(fields[19])
 }
 
 // fatal is an error that no further try can mend.

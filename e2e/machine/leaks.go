@@ -33,7 +33,9 @@ func Snapshot(ctx context.Context) (Footprint, error) {
 }
 
 // Leaks returns what is there now and was not in before. It gives the kernel
-// up to 15 seconds to finish taking things down.
+// up to 15 seconds to finish taking things down. What others have started on
+// this host meanwhile counts as well, so tests that ask run one after another
+// (go test -p 1).
 func Leaks(ctx context.Context, before Footprint) ([]string, error) {
 	var left []string
 	err := poll(ctx, 15*time.Second, func() (bool, error) {
@@ -194,20 +196,4 @@ func unescape(s string) string {
 		b.WriteByte(s[i])
 	}
 	return b.String()
-}
-
-// processStart returns when a process started, in clock ticks since boot; zero
-// when there is no such process or it is a zombie.
-func processStart(pid int) uint64 {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0
-	}
-	// The name in parentheses may hold anything; what follows it does not.
-	fields := bytes.Fields(data[bytes.LastIndexByte(data, ')')+1:])
-	if len(fields) < 20 || string(fields[0]) == "Z" {
-		return 0
-	}
-	start, _ := strconv.ParseUint(string(fields[19]), 10, 64)
-	return start
 }

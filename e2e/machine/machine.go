@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -108,7 +110,7 @@ func New(cfg Config) (*Machine, error) {
 	}
 	if st.Index != 0 && (cfg.Index == 0 || cfg.Index == st.Index) {
 		m.cfg.Index = st.Index
-		if st.PID != 0 && processStart(st.PID) == st.StartTime {
+		if st.PID != 0 && StartTime(st.PID) == st.StartTime {
 			m.adopt(st)
 			return m, nil
 		}
@@ -175,7 +177,7 @@ func (m *Machine) powerOffLocked(ctx context.Context) error {
 		return nil
 	}
 	// The start time guards against killing a stranger that got the pid.
-	if !b.over() && processStart(b.pid) == b.startTime {
+	if !b.over() && StartTime(b.pid) == b.startTime {
 		if err := syscall.Kill(b.pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
 			return fmt.Errorf("machine %s: power off: kill pid 1 (%d): %w", m.cfg.Name, b.pid, err)
 		}
@@ -316,7 +318,7 @@ func (m *Machine) powerOnLocked(ctx context.Context) (*boot, error) {
 		lifeW.Close()
 		return fail(err)
 	}
-	b := &boot{pid: cmd.Process.Pid, startTime: processStart(cmd.Process.Pid), lifeline: lifeW, gone: make(chan struct{})}
+	b := &boot{pid: cmd.Process.Pid, startTime: StartTime(cmd.Process.Pid), lifeline: lifeW, gone: make(chan struct{})}
 	go func() {
 		cmd.Wait() // how it ended is told by the result pipe or by whoever powered it off
 		close(b.gone)
@@ -363,7 +365,7 @@ func (m *Machine) adopt(st state) {
 			return // gone already
 		}
 		defer unix.Close(fd)
-		for processStart(st.PID) == st.StartTime {
+		for StartTime(st.PID) == st.StartTime {
 			unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 1000)
 		}
 	}()
@@ -398,4 +400,21 @@ func (m *Machine) saveState(st state) error {
 		return fmt.Errorf("machine %s: save %s: %w", m.cfg.Name, m.statePath(), err)
 	}
 	return nil
+}
+
+// StartTime tells a process from a later one with its pid: it is when the
+// process started, in clock ticks since the host booted, and zero when there
+// is no such process or it is a zombie.
+func StartTime(pid int) uint64 {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0
+	}
+	// The name in parentheses may hold anything; what follows it does not.
+	fields := bytes.Fields(data[bytes.LastIndexByte(data, ')')+1:])
+	if len(fields) < 20 || string(fields[0]) == "Z" {
+		return 0
+	}
+	start, _ := strconv.ParseUint(string(fields[19]), 10, 64)
+	return start
 }
