@@ -108,7 +108,6 @@ func TestThroughPlane(t *testing.T) {
 	t.Run("not connected", func(t *testing.T) {
 		for _, args := range [][]string{
 			{"logs", "pod-edge-2"},
-			{"logs", "-f", "pod-edge-2"},
 			{"exec", "pod-edge-2", "--", "cat"},
 			{"attach", "pod-edge-2"},
 			{"get", "--raw", "/api/v1/nodes/edge-2/proxy/stats/summary"},
