@@ -14,7 +14,7 @@ func schedule(s *Session, total int) map[*Stream]int {
 	got := map[*Stream]int{}
 	for room := MaxMessage; total > 0; room = MaxMessage {
 		for room > maxHeader {
-			st, limit := s.pickLocked()
+			st, limit := s.pickLocked(MaxMessage)
 			if st == nil {
 				return got
 			}
@@ -79,7 +79,7 @@ func TestSparseStreamGoesFirst(t *testing.T) {
 	schedule(s, plenty)
 	exec := s.testStream(ClassStream, 64)
 	for range 100 {
-		st, limit := s.pickLocked()
+		st, limit := s.pickLocked(MaxMessage)
 		if st != exec {
 			t.Fatalf("stream %d goes first", st.id)
 		}
@@ -102,7 +102,7 @@ func TestSparseStreamsDoNotStarveOthers(t *testing.T) {
 			s.testStream(ClassStream, 1000)
 		}
 		for s.out.fresh.len() > 0 {
-			st, limit := s.pickLocked()
+			st, limit := s.pickLocked(MaxMessage)
 			n := min(limit, len(st.pend))
 			s.accountLocked(st, n)
 			if st == bulk {

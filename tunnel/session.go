@@ -243,6 +243,9 @@ func (s *Session) end(err error, tell bool) {
 	}
 	s.unaccepted = nil
 	s.out.drop()
+	if s.out.paceTimer != nil {
+		s.out.paceTimer.Stop()
+	}
 	for _, st := range streams {
 		st.wcond.Broadcast()
 		st.stopTimersLocked()

@@ -41,9 +41,14 @@ func tuneConn(c net.Conn) error {
 // probe asks a socket whether a write would be taken at once.
 type probe struct {
 	rc  syscall.RawConn
-	ask func(fd uintptr) // made once; a closure for each question would be allocated
 	fds [1]unix.PollFd
 	ok  bool
+
+	queued int
+	info   *unix.TCPInfo
+
+	// Made once, as a closure for each question would be allocated.
+	ask, askQueue, askInfo func(fd uintptr)
 }
 
 func newProbe(c net.Conn) *probe {
@@ -61,7 +66,35 @@ func newProbe(c net.Conn) *probe {
 		n, err := unix.Poll(p.fds[:], 0)
 		p.ok = err == nil && n == 1 && p.fds[0].Revents&unix.POLLOUT != 0
 	}
+	p.askQueue = func(fd uintptr) {
+		n, err := unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
+		p.queued, p.ok = n, err == nil
+	}
+	p.askInfo = func(fd uintptr) {
+		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		p.info, p.ok = info, err == nil
+	}
 	return p
+}
+
+// outstanding is how many bytes the socket holds that the peer has not
+// acknowledged.
+func (p *probe) outstanding() int {
+	p.ok = false
+	if p.rc.Control(p.askQueue) != nil || !p.ok {
+		return 0
+	}
+	return p.queued
+}
+
+// path is what TCP knows of the way to the peer: the least round trip and the
+// bytes a second it delivers.
+func (p *probe) path() (minRTT time.Duration, rate float64, ok bool) {
+	p.ok = false
+	if p.rc.Control(p.askInfo) != nil || !p.ok {
+		return 0, 0, false
+	}
+	return time.Duration(p.info.Min_rtt) * time.Microsecond, float64(p.info.Delivery_rate), true
 }
 
 // writable is called by one goroutine at a time: Session.mu is held.

@@ -5,6 +5,7 @@ package tunnel
 import (
 	"errors"
 	"net"
+	"time"
 )
 
 // tuneConn sets what every system has. TCP keepalive is off as the session's
@@ -23,3 +24,7 @@ type probe struct{}
 func newProbe(net.Conn) *probe { return nil }
 
 func (*probe) writable() bool { return false }
+
+func (*probe) outstanding() int { return 0 }
+
+func (*probe) path() (minRTT time.Duration, rate float64, ok bool) { return 0, 0, false }

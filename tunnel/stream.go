@@ -23,7 +23,9 @@ type Stream struct {
 	pend      []byte // what the blocked Write still has to send
 	sent      uint64 // offset of the next byte
 	credit    uint64 // offset up to which the peer takes bytes
-	deficit   int
+	deficit   int    // what it may send before it is another's turn
+	tokens    int    // what it may send before it counts as one that sends much
+	tokensAt  int64
 	listed    listed
 	finWanted bool // FIN goes out once pend is empty
 	finSent   bool
@@ -65,7 +67,7 @@ func newStream(s *Session, id uint64, req OpenRequest, opened bool) *Stream {
 	}
 	st.wcond.L, st.rcond.L = &s.mu, &st.rmu
 	st.turnStart = s.now()
-	st.lastRead = st.turnStart
+	st.lastRead, st.tokens, st.tokensAt = st.turnStart, quantum, st.turnStart
 	s.windows.Add(InitialWindow)
 	s.mem.used.Add(InitialWindow)
 	return st

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"time"
 
 	"github.com/gorilla/websocket"
 )
@@ -28,10 +29,14 @@ type sendState struct {
 	pong      uint64    // stamp for the PONG
 
 	sync     fifo // streams of ClassSync with something to send
-	fresh    fifo // of ClassStream: those that sent little since they last had nothing
+	fresh    fifo // of ClassStream: those that send little
 	rest     fifo // the others
 	debt     int  // what ClassSync sent while ClassStream waited
 	freshRun int  // what fresh streams sent while others waited
+
+	pace      pacer
+	paced     bool // rest has to wait for paceTimer
+	paceTimer *time.Timer
 
 	hdr     [maxHeader]byte // scratch; on the stack these would be allocated anew each time
 	payload [32]byte
@@ -91,9 +96,10 @@ func (st *Stream) sendableLocked() bool {
 	return st.finWanted && !st.finSent
 }
 
-// activateLocked puts a stream that has something to send in its list. A
-// stream stays listed until the scheduler meets it with nothing to send, so
-// that one that sends much does not look new with each Write (RFC 8290).
+// activateLocked puts a stream that has something to send in its list. As in
+// RFC 8290, those that send little go first, which favours keystrokes without
+// anybody labelling them. What is little is a token bucket's matter: a stream
+// has nothing to send between two Writes, so that alone does not say much.
 func (s *Session) activateLocked(st *Stream) {
 	if st.listed != unlisted || !st.sendableLocked() || s.err != nil {
 		return
@@ -103,8 +109,25 @@ func (s *Session) activateLocked(st *Stream) {
 		s.out.sync.push(st)
 		return
 	}
-	st.listed, st.deficit = inFresh, quantum
-	s.out.fresh.push(st)
+	now := s.now()
+	st.tokens = min(quantum, st.tokens+int(float64(now-st.tokensAt)*s.sparseRate()/float64(time.Second)))
+	st.tokensAt = now
+	if st.tokens >= quantum/8 {
+		st.listed = inFresh
+		s.out.fresh.push(st)
+		return
+	}
+	st.listed, st.deficit = inRest, quantum
+	s.out.rest.push(st)
+}
+
+// sparseRate is how many bytes a second are little: an eighth of the link, or,
+// where the link's rate does not matter, so much that only bulk comes by it.
+func (s *Session) sparseRate() float64 {
+	if p := &s.out.pace; p.minRTT >= paceRTT && p.rate > 0 {
+		return p.rate / 8
+	}
+	return 16 << 20
 }
 
 // kickLocked sees to it that what waits is sent. With inline set the caller may
@@ -124,7 +147,7 @@ func (s *Session) startWriterLocked() {
 }
 
 func (o *sendState) waits() bool {
-	return len(o.control) > 0 || o.wsPong != nil || o.sync.len()+o.fresh.len()+o.rest.len() > 0
+	return len(o.control) > 0 || o.wsPong != nil || o.sync.len()+o.fresh.len() > 0 || o.rest.len() > 0 && !o.paced
 }
 
 // writeInlineLocked sends one message if nobody else sends and the socket takes
@@ -225,12 +248,16 @@ func (s *Session) fillLocked() (io.WriteCloser, error) {
 	// An OPEN that did not fit must not be overtaken by its stream's data. Where
 	// there is room at all, there is enough for the stream's last frames, so
 	// that each pick gets somewhere.
+	bulk := s.bulkLocked()
 	for len(s.out.control) == 0 && m.err == nil && m.room >= leastRoom && s.err == nil {
-		st, limit := s.pickLocked()
+		st, limit := s.pickLocked(bulk)
 		if st == nil {
 			break
 		}
-		s.fillStreamLocked(&m, st, limit)
+		rest := st.listed == inRest
+		if n := s.fillStreamLocked(&m, st, limit); rest {
+			bulk = max(0, bulk-n)
+		}
 	}
 	if m.w != nil {
 		s.out.messages++
@@ -300,11 +327,15 @@ func (s *Session) fillControlLocked(m *message) {
 // scratch is where small payloads are built.
 func (o *sendState) scratch() []byte { return o.payload[:0] }
 
-// pickLocked chooses the stream whose turn it is and how much it may send.
-func (s *Session) pickLocked() (*Stream, int) {
+// pickLocked chooses the stream whose turn it is and how much it may send; those
+// that send much may come to bulk bytes.
+func (s *Session) pickLocked(bulk int) (*Stream, int) {
 	o := &s.out
 	for {
-		streams := o.fresh.len() + o.rest.len()
+		streams := o.fresh.len()
+		if bulk > 0 {
+			streams += o.rest.len()
+		}
 		if o.sync.len() > 0 && (streams == 0 || o.debt < 9*quantum) {
 			st := o.sync.pop()
 			if !st.sendableLocked() {
@@ -324,7 +355,7 @@ func (s *Session) pickLocked() (*Stream, int) {
 			return nil, 0
 		}
 		q := &o.fresh
-		if o.fresh.len() == 0 || o.rest.len() > 0 && o.freshRun >= 16*quantum {
+		if o.fresh.len() == 0 || bulk > 0 && o.rest.len() > 0 && o.freshRun >= 16*quantum {
 			q = &o.rest
 			o.freshRun = 0
 		}
@@ -332,27 +363,28 @@ func (s *Session) pickLocked() (*Stream, int) {
 		switch {
 		case !st.sendableLocked():
 			q.pop()
-			if st.listed == inFresh && o.rest.len() > 0 {
-				st.listed = inRest
-				o.rest.push(st)
-			} else {
-				st.listed = unlisted
-			}
+			st.listed = unlisted
+		case st.listed == inFresh && st.tokens > 0:
+			return st, st.tokens
+		case st.listed == inFresh:
+			q.pop()
+			st.listed, st.deficit = inRest, quantum
+			o.rest.push(st)
 		case st.deficit <= 0:
 			q.pop()
 			st.deficit += quantum
-			st.listed = inRest
 			o.rest.push(st)
 		case streams == 1 && o.sync.len() == 0:
-			return st, MaxMessage
+			return st, bulk
 		default:
-			return st, st.deficit
+			return st, min(st.deficit, bulk)
 		}
 	}
 }
 
-// fillStreamLocked puts in up to limit bytes of the stream, and its end.
-func (s *Session) fillStreamLocked(m *message, st *Stream, limit int) {
+// fillStreamLocked puts in up to limit bytes of the stream, and its end. It
+// returns how many bytes.
+func (s *Session) fillStreamLocked(m *message, st *Stream, limit int) int {
 	n := min(len(st.pend), limit, m.room-maxHeader)
 	if left := st.credit - st.sent; uint64(n) > left {
 		n = int(left)
@@ -367,7 +399,7 @@ func (s *Session) fillStreamLocked(m *message, st *Stream, limit int) {
 		}
 	}
 	if len(st.pend) > 0 || !st.finWanted || st.finSent || m.room < leastRoom {
-		return
+		return n
 	}
 	st.finSent = true
 	m.frame(st.req.Class, frameFin, st.id, nil)
@@ -376,6 +408,7 @@ func (s *Session) fillStreamLocked(m *message, st *Stream, limit int) {
 		st.failed = &ResetError{Code: CodeClosed}
 	}
 	s.removeIfOverLocked(st)
+	return n
 }
 
 // accountLocked keeps the books pickLocked decides by.
@@ -387,7 +420,8 @@ func (s *Session) accountLocked(st *Stream, n int) {
 		}
 		return
 	}
-	st.deficit = max(0, st.deficit-n) // alone it may send more; that is not held against it
+	// Alone it may send more; that is not held against it.
+	st.deficit, st.tokens = max(0, st.deficit-n), max(0, st.tokens-n)
 	o.debt = max(0, o.debt-9*n)
 	if st.listed == inFresh && o.rest.len() > 0 {
 		o.freshRun += n
