@@ -17,6 +17,7 @@ var (
 	descWritten   = desc("store_written_bytes_total", "Bytes the store wrote to disk.")
 	descSent      = desc("tunnel_sent_bytes_total", "Bytes sent on the present tunnel.")
 	descReceived  = desc("tunnel_received_bytes_total", "Bytes received on the present tunnel.")
+	descStreams   = desc("tunnel_streams", "Streams open on the present tunnel: its sync, and the hub's connections to the kubelet.")
 	descObjects   = prometheus.NewDesc(prometheus.BuildFQName(metrics.Namespace, "edge", "store_objects"),
 		"Objects from the cloud in the store.", []string{"resource"}, nil)
 )
@@ -48,6 +49,7 @@ func (c edgeCollector) Collect(ch chan<- prometheus.Metric) {
 	counter(descWritten, st.StoreWritten)
 	gauge(descSent, float64(st.TunnelSent))
 	gauge(descReceived, float64(st.TunnelRecv))
+	gauge(descStreams, float64(st.TunnelStreams))
 	for resource, n := range st.Objects {
 		gauge(descObjects, float64(n), resource)
 	}

@@ -17,16 +17,18 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/skerry-io/skerry/edgecore/link"
 	"github.com/skerry-io/skerry/edgecore/store"
 	"github.com/skerry-io/skerry/metrics"
+	"github.com/skerry-io/skerry/metrics/host"
 )
 
 // ownServer answers about edgecore itself: its status on a unix socket that
-// only root can open, and its metrics there and on a loopback port with a
-// bearer token.
+// only root can open; its metrics and the host's there, on a loopback port with
+// a bearer token, and through the tunnel beside the kubelet's.
 type ownServer struct {
 	dataDir string
 	cfg     Config
@@ -41,7 +43,12 @@ type ownServer struct {
 	loopback net.Listener // nil when off
 	token    string
 	registry *metrics.Registry
+	host     *host.Sampler
 }
+
+// metricsPath is where edgecore's own metrics stand among the kubelet's:
+// /api/v1/nodes/NODE/proxy/metrics/edgecore at the API server.
+const metricsPath = "/metrics/edgecore"
 
 // Status is what "edgecore status" tells.
 type Status struct {
@@ -64,6 +71,7 @@ type Status struct {
 	StoreWritten  uint64         `json:"storeWrittenBytes"`
 	TunnelSent    uint64         `json:"tunnelSentBytes"`
 	TunnelRecv    uint64         `json:"tunnelReceivedBytes"`
+	TunnelStreams int            `json:"tunnelStreams"` // open now
 }
 
 // listen opens the socket and the port, so that what is wrong with them is
@@ -83,8 +91,13 @@ func (s *ownServer) listen() error {
 	if s.registry, err = metrics.New(metrics.Config{Program: "edgecore", Version: version, Log: s.log}); err != nil {
 		return err
 	}
-	if err := s.registry.Register(edgeCollector{s.status}); err != nil {
-		return fmt.Errorf("register metrics: %w", err)
+	if s.host, err = host.New(host.Config{Log: s.log}); err != nil {
+		return err
+	}
+	for _, c := range []prometheus.Collector{edgeCollector{s.status}, s.host} {
+		if err := s.registry.Register(c); err != nil {
+			return fmt.Errorf("register metrics: %w", err)
+		}
 	}
 	if s.cfg.Metrics.Listen == "off" {
 		return nil
@@ -117,22 +130,42 @@ func (s *ownServer) run(ctx context.Context) error {
 		})
 		g.Go(func() error { <-ctx.Done(); return srv.Close() })
 	}
+	g.Go(func() error { return s.host.Run(ctx) })
 	// The socket's mode is its authentication.
 	local := http.NewServeMux()
 	local.HandleFunc("GET /v1/status", s.serveStatus)
-	local.Handle("GET /metrics", s.metricsHandler(func(*http.Request) error { return nil }))
+	local.Handle("GET /metrics", s.registry.Handler(authenticated))
 	serve(s.socket, local)
 	if s.loopback != nil {
 		mux := http.NewServeMux()
-		mux.Handle("GET /metrics", s.metricsHandler(s.checkToken))
+		mux.Handle("GET /metrics", s.registry.Handler(s.checkToken))
 		serve(s.loopback, mux)
 	}
 	return g.Wait()
 }
 
-func (s *ownServer) metricsHandler(authorize func(*http.Request) error) http.Handler {
-	return s.registry.Handler(authorize)
+// beside returns the handler that the hub's requests go to: the kubelet's, with
+// edgecore's own metrics among its.
+func (s *ownServer) beside(kubelet func(context.Context) (http.Handler, error)) func(context.Context) (http.Handler, error) {
+	own := s.registry.Handler(authenticated)
+	return func(ctx context.Context) (http.Handler, error) {
+		theirs, err := kubelet(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == metricsPath {
+				own.ServeHTTP(w, r)
+				return
+			}
+			theirs.ServeHTTP(w, r)
+		}), nil
+	}
 }
+
+// authenticated is for peers that the connection itself has authenticated: the
+// hub, and whoever may open the socket.
+func authenticated(*http.Request) error { return nil }
 
 func (s *ownServer) checkToken(r *http.Request) error {
 	got := strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")
@@ -150,7 +183,7 @@ func (s *ownServer) status() Status {
 		Synced: s.store.Synced(), Objects: map[string]int{},
 		Outbox: s.store.Outbox().Depth(), EventsDropped: s.store.Outbox().Dropped(),
 		StoreWritten: s.store.BytesWritten(),
-		TunnelSent:   sum(l.Tunnel.BytesOut[:]), TunnelRecv: sum(l.Tunnel.BytesIn[:]),
+		TunnelSent:   sum(l.Tunnel.BytesOut[:]), TunnelRecv: sum(l.Tunnel.BytesIn[:]), TunnelStreams: l.Tunnel.Streams,
 	}
 	if l.Connected && l.Tunnel.RTT > 0 {
 		st.RTT = l.Tunnel.RTT.String()
