@@ -88,7 +88,7 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 	if err != nil {
 		return err
 	}
-	var k *kubelet.Kubelet
+	var handler func(context.Context) (http.Handler, error) // for the hub's requests
 	uplink, err := link.New(link.Config{
 		Dialer: &tunnel.Dialer{
 			URL: tunnelURL(hub), TLS: id.ClientTLS(),
@@ -103,7 +103,7 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 			},
 		},
 		Store: db, NodeName: node, Agent: "edgecore/" + version, Log: log,
-		Kubelet: func(ctx context.Context) (http.Handler, error) { return k.Handler(ctx) },
+		Kubelet: func(ctx context.Context) (http.Handler, error) { return handler(ctx) },
 	})
 	if err != nil {
 		return err
@@ -124,7 +124,8 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 		return err
 	}
 	kcfg.Transport = facade.Transport()
-	if k, err = kubelet.New(kcfg); err != nil {
+	k, err := kubelet.New(kcfg)
+	if err != nil {
 		return err
 	}
 
@@ -132,6 +133,7 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 	if err := own.listen(); err != nil {
 		return err
 	}
+	handler = own.beside(k.Handler)
 
 	// The store outlives everything that uses it, and the kubelet's process
 	// ends with its Run.
