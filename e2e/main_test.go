@@ -40,6 +40,7 @@ var keep = flag.Bool("keep", false, "keep the folder with logs and disks")
 func TestMain(m *testing.M) {
 	machine.Main()
 	flag.Parse()
+	allowParallel()
 	os.Exit(func() int {
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 		defer cancel()
@@ -69,6 +70,19 @@ func TestMain(m *testing.M) {
 		}
 		return code
 	}())
+}
+
+// allowParallel lets more tests that say t.Parallel run at once than there are
+// cores: they wait for kubelets rather than compute. Whoever gives -parallel
+// gets that.
+func allowParallel() {
+	given := false
+	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
+	if !given {
+		if err := flag.Set("test.parallel", "6"); err != nil {
+			panic(err) // the flag is the testing package's
+		}
+	}
 }
 
 func setUp(ctx context.Context) (err error) {

@@ -23,6 +23,8 @@ func (c exitCode) Error() string { return fmt.Sprintf("exit status %d", int(c)) 
 
 func commands() map[string]command {
 	return map[string]command{
+		"allocate":     {"allocate [--mib N]  takes N MiB of memory and holds them until SIGTERM", allocate},
+		"stat":         {"stat FILE...  mode, owner and size", stat},
 		"serve":        {"serve [--listen :8080] [--log-every 5s] [--message TEXT]  the HTTP server (the default)", serve},
 		"sleep":        {"sleep DURATION  e.g. 1.5s; a bare number is seconds", sleep},
 		"exit":         {"exit CODE", exit},

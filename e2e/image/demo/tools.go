@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -158,6 +159,46 @@ func id([]string) error {
 		if strings.HasPrefix(line, "Cap") || strings.HasPrefix(line, "NoNewPrivs") || strings.HasPrefix(line, "Seccomp:") {
 			fmt.Print(line)
 		}
+	}
+	return nil
+}
+
+// allocate takes memory and writes to all of it, so that it counts, then waits
+// to be ended.
+func allocate(args []string) error {
+	flags := flag.NewFlagSet("allocate", flag.ContinueOnError)
+	mib := flags.Int("mib", 64, "MiB to take")
+	if err := flags.Parse(args); err != nil {
+		return exitCode(2)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	var held [][]byte
+	for i := range *mib {
+		b := make([]byte, 1<<20)
+		for at := 0; at < len(b); at += 4096 {
+			b[at] = byte(i + 1)
+		}
+		held = append(held, b)
+	}
+	fmt.Printf("holding %d MiB\n", len(held))
+	<-ctx.Done()
+	runtime.KeepAlive(held)
+	return nil
+}
+
+// stat prints "MODE UID:GID SIZE NAME" of each file, links followed.
+func stat(args []string) error {
+	for _, name := range args {
+		st, err := os.Stat(name)
+		if err != nil {
+			return err
+		}
+		sys, ok := st.Sys().(*syscall.Stat_t)
+		if !ok {
+			return fmt.Errorf("%s: its owner is not known", name)
+		}
+		fmt.Printf("%s %d:%d %d %s\n", st.Mode(), sys.Uid, sys.Gid, st.Size(), name)
 	}
 	return nil
 }
