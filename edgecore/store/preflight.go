@@ -50,8 +50,11 @@ func preflight(path string) error {
 			return fmt.Errorf("freelist: %w", err)
 		}
 	}
-	return w.walk(root, 0)
+	return w.walk(root, bounds{}, 0)
 }
+
+// bounds are the keys a subtree may hold: from min on, below max; nil is open.
+type bounds struct{ min, max []byte }
 
 type walker struct {
 	f        io.ReaderAt
@@ -140,7 +143,7 @@ func (w *walker) page(id uint64, flags ...uint16) ([]byte, error) {
 	return nil, fmt.Errorf("page %d has unexpected type %#x", id, got)
 }
 
-func (w *walker) walk(id uint64, depth int) error {
+func (w *walker) walk(id uint64, in bounds, depth int) error {
 	if depth > maxDepth {
 		return fmt.Errorf("page %d: tree is deeper than %d", id, maxDepth)
 	}
@@ -148,14 +151,14 @@ func (w *walker) walk(id uint64, depth int) error {
 	if err != nil {
 		return err
 	}
-	if err := w.elements(p, depth); err != nil {
+	if err := w.elements(p, in, depth); err != nil {
 		return fmt.Errorf("page %d: %w", id, err)
 	}
 	return nil
 }
 
 // elements checks one page, or the page inlined in a bucket's value.
-func (w *walker) elements(p []byte, depth int) error {
+func (w *walker) elements(p []byte, in bounds, depth int) error {
 	branch := binary.LittleEndian.Uint16(p[8:]) == flagBranch
 	n := int(binary.LittleEndian.Uint16(p[10:]))
 	if pageHeader+n*pageElement > len(p) {
@@ -165,6 +168,7 @@ func (w *walker) elements(p []byte, depth int) error {
 		return fmt.Errorf("branch without children")
 	}
 	var last []byte
+	var children []child
 	for i := range n {
 		at := pageHeader + i*pageElement
 		e := p[at:]
@@ -181,19 +185,34 @@ func (w *walker) elements(p []byte, depth int) error {
 		if i > 0 && bytes.Compare(last, key) >= 0 {
 			return fmt.Errorf("element %d is out of order", i)
 		}
+		if in.min != nil && bytes.Compare(key, in.min) < 0 || in.max != nil && bytes.Compare(key, in.max) >= 0 {
+			return fmt.Errorf("element %d belongs to another page", i)
+		}
 		last = key
 		switch {
 		case branch:
-			if err := w.walk(binary.LittleEndian.Uint64(e[8:]), depth+1); err != nil {
-				return err
-			}
+			children = append(children, child{key, binary.LittleEndian.Uint64(e[8:])})
 		case binary.LittleEndian.Uint32(e)&flagBucket != 0:
 			if err := w.bucket(val, depth); err != nil {
 				return fmt.Errorf("bucket %q: %w", key, err)
 			}
 		}
 	}
+	for i, c := range children {
+		sub := bounds{c.key, in.max}
+		if i+1 < len(children) {
+			sub.max = children[i+1].key
+		}
+		if err := w.walk(c.id, sub, depth+1); err != nil {
+			return err
+		}
+	}
 	return nil
+}
+
+type child struct {
+	key []byte
+	id  uint64
 }
 
 func (w *walker) bucket(val []byte, depth int) error {
@@ -201,11 +220,11 @@ func (w *walker) bucket(val []byte, depth int) error {
 		return fmt.Errorf("header is cut off")
 	}
 	if root := binary.LittleEndian.Uint64(val); root != 0 {
-		return w.walk(root, depth+1)
+		return w.walk(root, bounds{}, depth+1)
 	}
 	inline := val[16:]
 	if len(inline) < pageHeader || binary.LittleEndian.Uint16(inline[8:]) != flagLeaf {
 		return fmt.Errorf("inline page is malformed")
 	}
-	return w.elements(inline, depth+1)
+	return w.elements(inline, bounds{}, depth+1)
 }
