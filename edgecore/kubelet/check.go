@@ -25,9 +25,9 @@ type Finding struct {
 	Remedy   string   `json:"remedy"` // what the operator does next
 }
 
-func (f Finding) String() string {
-	return fmt.Sprintf("%s: %s; %s", f.Subject, f.Problem, f.Remedy)
-}
+func (f Finding) String() string { return string(f.Severity) + ": " + f.text() }
+
+func (f Finding) text() string { return fmt.Sprintf("%s: %s; %s", f.Subject, f.Problem, f.Remedy) }
 
 // CheckError is what Run returns when the host cannot run a kubelet.
 type CheckError struct{ Findings []Finding }
@@ -35,7 +35,7 @@ type CheckError struct{ Findings []Finding }
 func (e *CheckError) Error() string {
 	lines := make([]string, len(e.Findings))
 	for i, f := range e.Findings {
-		lines[i] = f.String()
+		lines[i] = f.text()
 	}
 	return "kubelet: cannot start: " + strings.Join(lines, " | ")
 }
@@ -94,7 +94,7 @@ func checkRuntime(cfg *Config, info runtimeInfo) []Finding {
 		findings = append(findings, Finding{Warning, subject, "the pod network is not ready: " + info.NetworkMessage, "put a CNI configuration into /etc/cni/net.d; until then the node stays NotReady and only pods with hostNetwork run"})
 	}
 	if used := cgroupDriver("", info); cfg.CgroupDriver != "" && cfg.CgroupDriver != used {
-		findings = append(findings, Finding{Error, "cgroup driver", fmt.Sprintf("kubelet.cgroupDriver is %s, but the runtime uses %s", cfg.CgroupDriver, used), "remove kubelet.cgroupDriver, or change SystemdCgroup in the runtime's configuration"})
+		findings = append(findings, Finding{Error, "cgroup driver", fmt.Sprintf("runtime.cgroupDriver is %s, but the runtime uses %s", cfg.CgroupDriver, used), "remove runtime.cgroupDriver, or change SystemdCgroup in the runtime's configuration"})
 	}
 	return findings
 }

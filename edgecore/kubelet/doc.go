@@ -25,6 +25,9 @@
 // the causes that can be known beforehand. The rest is for a supervisor of the
 // process (systemd, or a keeper in main) that starts it again with backoff.
 //
+// Upstream also tells systemd that the service is ready (Type=notify) and
+// answers its watchdog (WatchdogSec), when the unit asks for these.
+//
 // # Who may call the handler
 //
 // Handler asks nobody for credentials: the caller must have authenticated and

@@ -47,6 +47,7 @@ type edgeConfig struct {
 	CgroupRoot    string `json:"cgroupRoot"`
 	StaticPodPath string `json:"staticPodPath,omitempty"`
 	HurryAddress  bool   `json:"hurryAddress,omitempty"`
+	CSI           bool   `json:"csi,omitempty"`
 	CheckOnly     bool   `json:"checkOnly,omitempty"` // print Check's findings and end
 }
 
@@ -99,6 +100,8 @@ func edgeMain(text string) error {
 		NodeName: cfg.NodeName, Transport: facade.Transport(),
 		CgroupRoot: cfg.CgroupRoot, StaticPodPath: cfg.StaticPodPath,
 		NodeLabels: map[string]string{"skerry.dev/test": "yes"},
+		Overlay:    []byte("imageMinimumGCAge: 5m\n"),
+		CSI:        cfg.CSI,
 		Log:        log,
 	})
 	if err != nil {

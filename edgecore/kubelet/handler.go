@@ -9,7 +9,7 @@ import (
 	"k8s.io/kubernetes/pkg/kubelet/server/stats"
 )
 
-// Handler waits until the kubelet is built and returns its API: containerLogs,
+// Handler waits until the kubelet can be asked and returns its API: containerLogs,
 // exec, attach, portForward, stats/summary, metrics, pods, configz, healthz.
 //
 // It asks for no credentials; that is the caller's duty. exec, attach and

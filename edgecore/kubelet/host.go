@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -47,9 +48,10 @@ func checkHost(h host, cfg *Config, settings *config.KubeletConfiguration) []Fin
 	if uid := os.Geteuid(); uid != 0 {
 		add(Finding{Error, "user", fmt.Sprintf("running as user id %d; mounting volumes and making cgroups needs root", uid), "run edgecore as root"})
 	}
-	add(checkCgroups(h, cfg.CgroupRoot)...)
+	add(checkCgroups(h)...)
 	add(checkKmsg(h)...)
 	add(checkSwap(h, settings.FailSwapOn)...)
+	add(checkTools(exec.LookPath, settings.MakeIPTablesUtilChains)...)
 	for _, dir := range []string{cfg.RootDir, cfg.PodLogsDir, containerLogsDir} {
 		add(checkWritable(h, dir)...)
 	}
@@ -69,7 +71,7 @@ var (
 
 const enableMemory = "add cgroup_enable=memory cgroup_memory=1 to the kernel command line (on a Raspberry Pi: /boot/firmware/cmdline.txt) and reboot"
 
-func checkCgroups(h host, cgroupRoot string) []Finding {
+func checkCgroups(h host) []Finding {
 	table, err := h.read("/proc/self/mounts")
 	if err != nil {
 		return []Finding{{Error, "/proc/self/mounts", err.Error(), "mount /proc"}}
@@ -77,7 +79,7 @@ func checkCgroups(h host, cgroupRoot string) []Finding {
 	unified, v1 := cgroupMounts(table)
 	switch {
 	case unified:
-		return checkCgroupV2(h, cgroupRoot)
+		return checkCgroupV2(h)
 	case len(v1) == 0:
 		return []Finding{{Error, "/sys/fs/cgroup", "no cgroup file system is mounted", "boot with systemd, or mount cgroup2 on /sys/fs/cgroup"}}
 	}
@@ -93,7 +95,7 @@ func checkCgroups(h host, cgroupRoot string) []Finding {
 	return findings
 }
 
-func checkCgroupV2(h host, cgroupRoot string) []Finding {
+func checkCgroupV2(h host) []Finding {
 	const file = "/sys/fs/cgroup/cgroup.controllers"
 	text, err := h.read(file)
 	if err != nil {
@@ -151,6 +153,20 @@ func checkKmsg(h host) []Finding {
 	return []Finding{finding}
 }
 
+// checkTools looks for the programs the kubelet runs.
+func checkTools(look func(string) (string, error), iptables bool) []Finding {
+	var findings []Finding
+	for _, tool := range []string{"mount", "umount"} {
+		if _, err := look(tool); err != nil {
+			findings = append(findings, Finding{Error, tool, "the program is not in PATH, and no volume can be mounted without it", "install it (package mount or util-linux)"})
+		}
+	}
+	if _, err := look("iptables"); iptables && err != nil {
+		findings = append(findings, Finding{Warning, "iptables", "the program is not in PATH, so hostPort does not work and addresses of the loopback network are not guarded", "install iptables, or set makeIPTablesUtilChains: false in kubelet.config"})
+	}
+	return findings
+}
+
 func checkSwap(h host, fail bool) []Finding {
 	text, err := h.read("/proc/swaps")
 	if err != nil {
@@ -168,7 +184,7 @@ func checkSwap(h host, fail bool) []Finding {
 	}
 	subject := "swap"
 	if fail {
-		return []Finding{{Error, subject, "it is on (" + strings.Join(devices, ", ") + ") and the kubelet overlay sets failSwapOn", "turn it off (swapoff -a, and remove it from /etc/fstab), or remove failSwapOn"}}
+		return []Finding{{Error, subject, "it is on (" + strings.Join(devices, ", ") + ") and kubelet.config sets failSwapOn", "turn it off (swapoff -a, and remove it from /etc/fstab), or remove failSwapOn"}}
 	}
 	return []Finding{{Warning, subject, "it is on (" + strings.Join(devices, ", ") + "): memory limits of pods are not exact, and secrets in memory may reach the disk", "turn it off, or encrypt it"}}
 }

@@ -2,7 +2,9 @@ package kubelet
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -55,12 +57,12 @@ func TestCheckCgroups(t *testing.T) {
 			if c.controllers != "" {
 				files["sys/fs/cgroup/cgroup.controllers"] = c.controllers
 			}
-			wants(t, checkCgroups(hostAt(fixture(t, files)), ""), c.severity, c.subject, c.problem, c.remedy)
+			wants(t, checkCgroups(hostAt(fixture(t, files))), c.severity, c.subject, c.problem, c.remedy)
 		})
 	}
 	t.Run("v1 without memory", func(t *testing.T) {
 		mounts := strings.ReplaceAll(mountsV1, "cgroup /sys/fs/cgroup/memory cgroup rw,relatime,memory 0 0\n", "")
-		got := checkCgroups(hostAt(fixture(t, map[string]string{"proc/self/mounts": mounts})), "")
+		got := checkCgroups(hostAt(fixture(t, map[string]string{"proc/self/mounts": mounts})))
 		if len(got) != 2 {
 			t.Fatalf("findings %v", got)
 		}
@@ -76,6 +78,21 @@ func TestCheckSwap(t *testing.T) {
 	wants(t, checkSwap(hostAt(t.TempDir()), true), "", "", "", "")
 	wants(t, checkSwap(hostAt(on), true), Error, "swap", "/var/swap", "swapoff -a")
 	wants(t, checkSwap(hostAt(on), false), Warning, "swap", "/var/swap", "encrypt")
+}
+
+func TestCheckTools(t *testing.T) {
+	have := func(tools ...string) func(string) (string, error) {
+		return func(tool string) (string, error) {
+			if slices.Contains(tools, tool) {
+				return "/usr/bin/" + tool, nil
+			}
+			return "", exec.ErrNotFound
+		}
+	}
+	wants(t, checkTools(have("mount", "umount", "iptables"), true), "", "", "", "")
+	wants(t, checkTools(have("mount", "iptables"), true), Error, "umount", "no volume can be mounted", "util-linux")
+	wants(t, checkTools(have("mount", "umount"), true), Warning, "iptables", "hostPort", "install iptables")
+	wants(t, checkTools(have("mount", "umount"), false), "", "", "", "")
 }
 
 func TestCheckKmsg(t *testing.T) {
@@ -186,6 +203,22 @@ func TestResolvConf(t *testing.T) {
 		k := mustSettings(t, Config{Overlay: []byte("resolvConf: /etc/other.conf\n")})
 		if c, err := k.prepareResolvConf(hostAt(t.TempDir())); err != nil || c != nil || k.settings.ResolverConfig != "/etc/other.conf" {
 			t.Errorf("%v, %v, %q", c, err, k.settings.ResolverConfig)
+		}
+	})
+}
+
+func FuzzKernelTables(f *testing.F) {
+	f.Add(mountsV1)
+	f.Add(mountsV2)
+	f.Add("eth0\t00000000\t010200C0\t0003\t0\t0\t100\t00000000\t0\t0\t0\n")
+	f.Fuzz(func(t *testing.T, table string) {
+		h := hostAt(fixture(t, map[string]string{"proc/self/mounts": table, "proc/net/route": table, "proc/net/ipv6_route": table, "proc/swaps": table}))
+		checkCgroups(h)
+		checkSwap(h, true)
+		for name := range defaultRoutes(h) {
+			if name == "" || name == "lo" {
+				t.Errorf("a default route by way of %q", name)
+			}
 		}
 	})
 }

@@ -164,16 +164,28 @@ func (k *Kubelet) buildDependencies(server *options.KubeletServer) error {
 			return err
 		}
 	}
-	deps, err := dependencies(&k.cfg, measured)
+	// The kubelet starts its cAdvisor once, when it is built and the runtime is
+	// up; it can be asked from then on.
+	deps, err := dependencies(&k.cfg, startSignal{measured, func() { close(k.live) }})
 	if err != nil {
 		return err
 	}
-	// Upstream calls the options while it builds the kubelet, when every
-	// dependency has been filled in.
-	deps.Options = append(deps.Options, func(instance *upstream.Kubelet) {
-		k.instance = instance
-		close(k.live)
-	})
+	// Called while the kubelet is being built, with every dependency filled in.
+	deps.Options = append(deps.Options, func(instance *upstream.Kubelet) { k.instance = instance })
 	k.deps = deps
+	return nil
+}
+
+// startSignal tells when cAdvisor has started.
+type startSignal struct {
+	cadvisor.Interface
+	started func()
+}
+
+func (s startSignal) Start() error {
+	if err := s.Interface.Start(); err != nil {
+		return err
+	}
+	s.started()
 	return nil
 }

@@ -96,6 +96,12 @@ func TestKubelet(t *testing.T) {
 		}
 		t.Logf("29 pods delivered to all ready: %v", time.Since(began).Round(10*time.Millisecond))
 		e.logMemory(t, "30 pods")
+		if d, err := time.ParseDuration(os.Getenv("SKERRY_TEST_IDLE")); err == nil {
+			before := e.cpu(t)
+			<-time.After(d)
+			t.Logf("processor time with 30 pods, idle for %v: %.2f s/min", d, (e.cpu(t)-before).Seconds()/d.Minutes())
+			e.logMemory(t, "30 pods, then idle")
+		}
 		var gone store.Delta
 		for _, p := range more {
 			gone.Upserts = append(gone.Upserts, deleted(t, e.pod(t, p.Name))...)
@@ -574,8 +580,13 @@ type fatal struct{ error }
 // await polls until check returns nil.
 func await(t *testing.T, what string, check func() error) {
 	t.Helper()
+	awaitEvery(t, 50*time.Millisecond, what, check)
+}
+
+func awaitEvery(t *testing.T, period time.Duration, what string, check func() error) {
+	t.Helper()
 	deadline := time.After(2 * time.Minute)
-	tick := time.NewTicker(50 * time.Millisecond)
+	tick := time.NewTicker(period)
 	defer tick.Stop()
 	for {
 		err := check()

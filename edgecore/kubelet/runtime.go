@@ -45,7 +45,7 @@ type runtimeError struct {
 	Transient bool
 }
 
-func (e *runtimeError) Error() string { return "kubelet: " + e.Finding.String() }
+func (e *runtimeError) Error() string { return "kubelet: " + e.Finding.text() }
 
 // waitForRuntime returns once the runtime answers. After a power cut edgecore
 // and containerd start together and either may be first, so a socket that is

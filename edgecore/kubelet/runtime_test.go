@@ -161,7 +161,7 @@ func TestProbeRuntimeReadsTheRuntime(t *testing.T) {
 			cfg := Config{RuntimeEndpoint: "unix://" + path}
 			wants(t, checkRuntime(&cfg, info), Warning, path, "cni plugin not initialized", "/etc/cni/net.d")
 			cfg.CgroupDriver = map[string]string{"systemd": "cgroupfs", "cgroupfs": "systemd"}[c.want]
-			wants(t, checkRuntime(&cfg, info)[1:], Error, "cgroup driver", "the runtime uses "+c.want, "remove kubelet.cgroupDriver")
+			wants(t, checkRuntime(&cfg, info)[1:], Error, "cgroup driver", "the runtime uses "+c.want, "remove runtime.cgroupDriver")
 		})
 	}
 }
@@ -232,4 +232,10 @@ func TestOlderThan(t *testing.T) {
 			t.Errorf("%q: %v", v, got)
 		}
 	}
+}
+
+func FuzzRuntimeConfig(f *testing.F) {
+	f.Add(`{"containerd":{"defaultRuntimeName":"runc","runtimes":{"runc":{"options":{"SystemdCgroup":true}}}}}`)
+	f.Add(`{"containerd":{"runtimes":{"runc":null}}}`)
+	f.Fuzz(func(t *testing.T, config string) { systemdCgroupIn(config) })
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/gorilla/websocket"
 	corev1 "k8s.io/api/core/v1"
+	storagev1 "k8s.io/api/storage/v1"
 
 	"github.com/skerry-io/skerry/e2e/image"
 	"github.com/skerry-io/skerry/e2e/machine"
@@ -127,6 +128,7 @@ func checkReboot(t *testing.T, e *edge) {
 	}
 	<-containerd.Done()
 
+	e.cfg.CSI = true
 	began := time.Now()
 	e.start(t)
 	await(t, "the edge process waits for containerd", func() error {
@@ -163,6 +165,10 @@ func checkReboot(t *testing.T, e *edge) {
 	if out, _, code := e.exec(t, "web", "cat", "/conf/greeting"); code != 0 || out != "hello from the cloud" {
 		t.Errorf("configmap after the power cut: %q, exit code %d", out, code)
 	}
+	await(t, "the node tells of its CSI drivers", func() error {
+		var csi storagev1.CSINode
+		return get(t, e.control, "/object/csinodes/"+nodeName, &csi)
+	})
 }
 
 // checkAddressChange starts without any address: pods run all the same. Once

@@ -55,7 +55,7 @@ var decidedHere = map[string]string{
 	"providerID":               "edge nodes have no cloud provider",
 	"containerRuntimeEndpoint": "set runtime.endpoint",
 	"cgroupRoot":               "set kubelet.cgroupRoot",
-	"cgroupDriver":             "set kubelet.cgroupDriver",
+	"cgroupDriver":             "set runtime.cgroupDriver",
 	"podLogsDir":               "set kubelet.podLogsDir",
 	"staticPodPath":            "set kubelet.staticPodPath",
 	"maxPods":                  "set kubelet.maxPods",
@@ -73,7 +73,7 @@ func (c *Config) settings() (*config.KubeletConfiguration, error) {
 	}
 	// Upstream's defaulting panics on an unknown gate, so ask first.
 	if err := utilfeature.DefaultMutableFeatureGate.DeepCopy().SetFromMap(versioned.FeatureGates); err != nil {
-		return nil, fmt.Errorf("kubelet: settings: featureGates: %w; remove it or correct its name", err)
+		return nil, fmt.Errorf("kubelet: kubelet.config: featureGates: %w; remove it or correct its name", err)
 	}
 	if versioned.EvictionHard == nil {
 		versioned.EvictionHard = maps.Clone(evictionHard)
@@ -93,7 +93,7 @@ func (c *Config) settings() (*config.KubeletConfiguration, error) {
 		return nil, fmt.Errorf("kubelet: settings: %w", err)
 	}
 	if err := validation.ValidateKubeletConfiguration(internal, utilfeature.DefaultFeatureGate); err != nil {
-		return nil, fmt.Errorf("kubelet: settings: %w; correct the kubelet overlay", err)
+		return nil, fmt.Errorf("kubelet: settings: %w; correct kubelet.config", err)
 	}
 	return internal, nil
 }
@@ -139,29 +139,29 @@ func applyOverlay(kc *kubeletconfigv1beta1.KubeletConfiguration, overlay []byte)
 	}
 	asJSON, err := yaml.YAMLToJSONStrict(overlay)
 	if err != nil {
-		return fmt.Errorf("kubelet: overlay: %w", err)
+		return fmt.Errorf("kubelet: kubelet.config: %w", err)
 	}
 	var keys map[string]json.RawMessage
 	if err := json.Unmarshal(asJSON, &keys); err != nil {
-		return errors.New("kubelet: overlay: not a mapping; write a KubeletConfiguration")
+		return errors.New("kubelet: kubelet.config: not a mapping; write a KubeletConfiguration")
 	}
 	for _, key := range slices.Sorted(maps.Keys(keys)) {
 		if why, ok := decidedHere[key]; ok {
-			return fmt.Errorf("kubelet: overlay: key %q is decided by edgecore: %s", key, why)
+			return fmt.Errorf("kubelet: kubelet.config: key %q is decided by edgecore: %s", key, why)
 		}
 	}
 
 	// Not encoding/json, which would take "EnableServer" for "enableServer".
 	strict, err := kjson.UnmarshalStrict(asJSON, kc)
 	if err := errors.Join(append(strict, err)...); err != nil {
-		return fmt.Errorf("kubelet: overlay: %w; see the KubeletConfiguration (v1beta1) reference for the keys there are", err)
+		return fmt.Errorf("kubelet: kubelet.config: %w; see the KubeletConfiguration (v1beta1) reference for the keys there are", err)
 	}
 	want := kubeletconfigv1beta1.SchemeGroupVersion.WithKind("KubeletConfiguration")
 	if kc.APIVersion == "" && kc.Kind == "" {
 		return nil
 	}
 	if got := schema.FromAPIVersionAndKind(kc.APIVersion, kc.Kind); got != want {
-		return fmt.Errorf("kubelet: overlay: it is a %s; write apiVersion: %s and kind: %s, or neither", got, want.GroupVersion(), want.Kind)
+		return fmt.Errorf("kubelet: kubelet.config: it is a %s; write apiVersion: %s and kind: %s, or neither", got, want.GroupVersion(), want.Kind)
 	}
 	return nil
 }

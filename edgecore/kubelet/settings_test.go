@@ -113,7 +113,7 @@ func TestOverlayIsRefused(t *testing.T) {
 		"older version":     {"apiVersion: kubelet.config.k8s.io/v1alpha1\nkind: KubeletConfiguration\n", "write apiVersion: kubelet.config.k8s.io/v1beta1"},
 		"unknown gate":      {"featureGates: {NoSuchGate: true}\n", "unrecognized feature gate: NoSuchGate"},
 		"not a mapping":     {"- a\n", "not a mapping"},
-		"not YAML":          {"a: [\n", "overlay"},
+		"not YAML":          {"a: [\n", "kubelet.config"},
 		"invalid value":     {"imageGCHighThresholdPercent: 10\n", "imageGCLowThresholdPercent"},
 		"wrong type":        {"failSwapOn: maybe\n", "failSwapOn"},
 	} {
