@@ -198,8 +198,9 @@ func (e *Enroll) promoteKeys(ctx context.Context) error {
 
 // refusals remembers for a few seconds whom the API server did not know.
 type refusals struct {
-	mu   sync.Mutex
-	seen map[string]refused
+	mu    sync.Mutex
+	seen  map[string]refused
+	sweep time.Time // when seen may be searched again for what has run out
 }
 
 type refused struct {
@@ -228,15 +229,16 @@ func (m *refusals) get(name, key string, now time.Time) error {
 func (m *refusals) put(name, key string, now time.Time, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if len(m.seen) >= maxRefusals {
+	if len(m.seen) >= maxRefusals && !now.Before(m.sweep) {
 		for k, r := range m.seen {
 			if !now.Before(r.until) {
 				delete(m.seen, k)
 			}
 		}
-		if len(m.seen) >= maxRefusals {
-			return
-		}
+		m.sweep = now.Add(time.Second)
+	}
+	if len(m.seen) >= maxRefusals {
+		return
 	}
 	m.seen[name+"\x00"+key] = refused{now.Add(refusalTTL), err}
 }

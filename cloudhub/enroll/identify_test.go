@@ -5,6 +5,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
+	"fmt"
 	"sync"
 	"testing"
 	"time"
@@ -83,6 +84,30 @@ func TestLossOfStandingReachesEveryReplica(t *testing.T) {
 			_, err = e.whoAmI()
 			wantCode(t, err, c.code)
 		})
+	}
+}
+
+// A forgotten node cannot come back by repeating the join it made, although
+// its answer might have been lost.
+func TestForgottenNodeCannotRepeatItsJoin(t *testing.T) {
+	hub := enrolltest.Start(t, enroll.Config{})
+	for uses, want := range map[int]edgeapi.JoinErrorCode{1: edgeapi.JoinTokenUsed, 2: ""} {
+		e := newEdge(hub, fmt.Sprintf("edge-%d", uses))
+		req := e.request(t, newToken(t, hub.Enroll, enroll.TokenOptions{Uses: uses}))
+		if err := e.send(req); err != nil {
+			t.Fatal(err)
+		}
+		if err := hub.Forget(t.Context(), e.name); err != nil {
+			t.Fatal(err)
+		}
+		// A token with another use left spends that one.
+		if err := e.send(req); codeOf(err) != want || want == "" && err != nil {
+			t.Fatalf("%s: %v, want %q", e.name, err, want)
+		}
+		if err := hub.Forget(t.Context(), e.name); want == "" && err != nil {
+			t.Fatal(err)
+		}
+		wantCode(t, e.send(req), edgeapi.JoinTokenUsed)
 	}
 }
 

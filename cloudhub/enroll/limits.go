@@ -18,6 +18,7 @@ type limiters struct {
 
 	mu     sync.Mutex
 	byName map[string]*rate.Limiter
+	sweep  time.Time // when the set may be searched for full buckets again
 	// overflow serves everybody who is not remembered when the set is full of
 	// callers whose buckets are not: a flood from many addresses shares one.
 	overflow *rate.Limiter
@@ -32,8 +33,10 @@ func (l *limiters) allow(name string, now time.Time) bool {
 	defer l.mu.Unlock()
 	bucket, ok := l.byName[name]
 	if !ok {
-		if len(l.byName) >= maxLimiters {
+		if len(l.byName) >= maxLimiters && !now.Before(l.sweep) {
+			// Not at every request: a flood must not cost a search each.
 			l.dropFullLocked(now)
+			l.sweep = now.Add(time.Second)
 		}
 		if len(l.byName) >= maxLimiters {
 			return l.overflow.AllowN(now, 1)

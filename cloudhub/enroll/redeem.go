@@ -42,40 +42,41 @@ func (t *Tokens) check(ctx context.Context, req *joinAttempt, recordShows record
 	if err := t.dropStale(ctx, &state, recordShows); err != nil {
 		return state, &unavailable{"look for a join that died", err}
 	}
-	return state, t.judge(&state, req)
+	_, err = t.judge(ctx, &state, req, recordShows)
+	return state, err
 }
 
 func refuseUnknownToken() error {
 	return refuse(edgeapi.JoinTokenUnknown, "the hub does not know this token: it was changed when it was copied, or it was removed long ago")
 }
 
-// judge decides whether state lets req join now. A nil error with a full list
-// of redemptions means that req repeats one of them.
-func (t *Tokens) judge(state *tokenState, req *joinAttempt) error {
+// judge decides whether state lets req join now. again means that req repeats
+// a join the token granted already, and needs no use of its own.
+func (t *Tokens) judge(ctx context.Context, state *tokenState, req *joinAttempt, recordShows recordLookup) (again bool, err error) {
 	if !hashesEqual(hashToken(req.tokenID, req.tokenSecret), state.Hash) {
-		return refuseUnknownToken()
+		return false, refuseUnknownToken()
 	}
 	now := t.now()
 	if !state.RevokedAt.IsZero() {
-		return refuse(edgeapi.JoinTokenRevoked, "the token was revoked at %s", stamp(state.RevokedAt))
+		return false, refuse(edgeapi.JoinTokenRevoked, "the token was revoked at %s", stamp(state.RevokedAt))
 	}
 	if state.NodeName != "" && state.NodeName != req.node {
-		return refuse(edgeapi.JoinTokenWrongNode, "the token is for node %s only, not for %s", state.NodeName, req.node)
+		return false, refuse(edgeapi.JoinTokenWrongNode, "the token is for node %s only, not for %s", state.NodeName, req.node)
 	}
-	if state.repeated(req, now) {
-		return nil
+	if again, err = state.repeats(ctx, req, now, recordShows); again || err != nil {
+		return again, err
 	}
 	if !now.Before(state.ExpiresAt) {
-		return refuse(edgeapi.JoinTokenExpired, "the token expired at %s, %s ago", stamp(state.ExpiresAt), roughly(now.Sub(state.ExpiresAt)))
+		return false, refuse(edgeapi.JoinTokenExpired, "the token expired at %s, %s ago", stamp(state.ExpiresAt), roughly(now.Sub(state.ExpiresAt)))
 	}
 	if state.Uses != Unlimited && len(state.Redemptions) >= state.Uses {
 		last := state.Redemptions[len(state.Redemptions)-1]
 		if last.CompletedAt.IsZero() {
-			return refuse(edgeapi.JoinTokenUsed, "the token is being used by node %s since %s", last.Node, stamp(last.ReservedAt))
+			return false, refuse(edgeapi.JoinTokenUsed, "the token is being used by node %s since %s", last.Node, stamp(last.ReservedAt))
 		}
-		return refuse(edgeapi.JoinTokenUsed, "the token was used up, last by node %s at %s", last.Node, stamp(last.CompletedAt))
+		return false, refuse(edgeapi.JoinTokenUsed, "the token was used up, last by node %s at %s", last.Node, stamp(last.CompletedAt))
 	}
-	return nil
+	return false, nil
 }
 
 // reserve takes one use of the token for req. Of several that want the last
@@ -86,12 +87,13 @@ func (t *Tokens) reserve(ctx context.Context, req *joinAttempt, recordShows reco
 		if err := t.dropStale(ctx, state, recordShows); err != nil {
 			return err
 		}
-		if err := t.judge(state, req); err != nil {
+		again, err := t.judge(ctx, state, req, recordShows)
+		if err != nil {
 			return err
 		}
 		g.allowReplace = state.AllowReplace
 		g.reserved = state.Uses != Unlimited
-		if !g.reserved || state.find(req.node, req.key) >= 0 {
+		if !g.reserved || again {
 			return errUnchanged
 		}
 		state.Redemptions = append(state.Redemptions, redemption{Node: req.node, Key: req.key, ReservedAt: t.now().UTC()})
@@ -160,22 +162,34 @@ func (t *Tokens) release(ctx context.Context, g *grant) error {
 	})
 }
 
+// find returns the last redemption by node with key, or -1.
 func (s *tokenState) find(node, key string) int {
-	for i, r := range s.Redemptions {
-		if r.Node == node && r.Key == key {
+	for i := len(s.Redemptions) - 1; i >= 0; i-- {
+		if r := s.Redemptions[i]; r.Node == node && r.Key == key {
 			return i
 		}
 	}
 	return -1
 }
 
-// repeated reports whether req is a join this token granted already: the same
-// node with the same key, which asks again because the answer was lost.
-func (s *tokenState) repeated(req *joinAttempt, now time.Time) bool {
+// repeats reports whether req is a join this token granted already: the same
+// node with the same key, which asks again because the answer was lost. A node
+// that was forgotten or replaced since has nothing to repeat.
+func (s *tokenState) repeats(ctx context.Context, req *joinAttempt, now time.Time, recordShows recordLookup) (bool, error) {
 	i := s.find(req.node, req.key)
 	if i < 0 {
-		return false
+		return false, nil
 	}
 	done := s.Redemptions[i].CompletedAt
-	return done.IsZero() || now.Sub(done) <= repeatWindow
+	if done.IsZero() {
+		return true, nil
+	}
+	if now.Sub(done) > repeatWindow {
+		return false, nil
+	}
+	shown, err := recordShows(ctx, req.node, req.key)
+	if err != nil {
+		return false, &unavailable{"read node " + req.node, err}
+	}
+	return shown, nil
 }

@@ -81,7 +81,7 @@ func TestJoinErrors(t *testing.T) {
 		name:   "name in use",
 		reason: identity.Reason(edgeapi.JoinNameInUse),
 		setUp:  func(t *testing.T, s *situation) { s.occupy(t) },
-		want:   `join {HUB} as node edge-7: the name edge-7 belongs to a node that joined at {TIME}; choose another name, or remove that one with: cloudhub node forget edge-7`,
+		want:   `join {HUB} as node edge-7: the name edge-7 belongs to a node that joined at {TIME}; choose another name, take it over with --replace and a token from cloudhub token create --allow-replace, or remove that one with: cloudhub node forget edge-7`,
 	}, {
 		name:   "name in use, token would replace",
 		reason: identity.Reason(edgeapi.JoinNameInUse),
@@ -104,7 +104,7 @@ func TestJoinErrors(t *testing.T) {
 				t.Fatal(err)
 			}
 		},
-		want: `join {HUB} as node edge-7: node edge-7 was revoked at {TIME}; choose another name, or forget it with: cloudhub node forget edge-7`,
+		want: `join {HUB} as node edge-7: node edge-7 was revoked at {TIME}; choose another name, take it over with --replace and a token from cloudhub token create --allow-replace, or forget it with: cloudhub node forget edge-7`,
 	}, {
 		name:  "node name not allowed",
 		setUp: func(t *testing.T, s *situation) { s.opts.NodeName = "Edge_7" },
