@@ -254,7 +254,7 @@ func TestMarkerErrsOnTheSafeSide(t *testing.T) {
 	if err != nil || m == nil || !m.Pods {
 		t.Fatalf("marker after the first pod: %+v %v", m, err)
 	}
-	apply(t, s, Delta{Deletions: []Deletion{{podKey("a"), "u1"}}})
+	kubeletDelete(t, s, podKey("a"))
 	m, err = readMarker(cfg.Path)
 	if err != nil || m.Pods {
 		t.Fatalf("marker after the last pod: %+v %v", m, err)

@@ -38,10 +38,11 @@ func (tx *Tx) applyDelta(d Delta) error {
 	return nil
 }
 
-// applyDeletion removes an object. A pod whose namesake is known (waiting, or
-// part of the same delta) is the exception: the namesake shows that the cloud
-// has finished with the old pod, not that its containers are gone, so the
-// kubelet ends it in order and the namesake waits.
+// applyDeletion removes an object. Pods are the exception: that the cloud has
+// finished with a pod (it was force-deleted, say) does not mean that its
+// containers are gone. Such a pod stays, marked deleted, until the kubelet has
+// ended it in order, and a namesake waits for that, whether it comes in the
+// same delta or later: the two must never run side by side.
 func (tx *Tx) applyDeletion(d Deletion, successor string) error {
 	if err := d.Key.check(); err != nil {
 		return err
@@ -66,7 +67,29 @@ func (tx *Tx) applyDeletion(d Deletion, successor string) error {
 		return nil // the upsert parks it
 	}
 	tx.dropEntries(d.Key, cur.UID)
+	if d.Key.Resource == "pods" {
+		if running, err := mayRun(cur.Body); err != nil {
+			return err
+		} else if running {
+			return tx.terminate(cur)
+		}
+	}
 	return tx.remove(cur)
+}
+
+// mayRun tells whether a pod may have containers that the kubelet has to end.
+// The kubelet reports a final phase only once they all have ended. A mirror pod
+// has none of its own: its static pod's manifest decides about them.
+func mayRun(body []byte) (bool, error) {
+	var p struct {
+		Status struct {
+			Phase string `json:"phase"`
+		} `json:"status"`
+	}
+	if err := json.Unmarshal(body, &p); err != nil {
+		return false, fmt.Errorf("status.phase: %w", err)
+	}
+	return p.Status.Phase != "Succeeded" && p.Status.Phase != "Failed" && !isMirror(body), nil
 }
 
 func (tx *Tx) applyUpsert(u Upsert) error {

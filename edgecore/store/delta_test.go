@@ -215,11 +215,28 @@ func TestForceDeletion(t *testing.T) {
 	if _, ok := s.Get(k); !ok {
 		t.Fatal("a deletion of another uid removed the pod")
 	}
-	apply(t, s, Delta{Deletions: []Deletion{{k, "u1"}}})
-	if _, ok := s.Get(k); ok {
-		t.Error("the pod is still there")
+	for range 2 { // the hub says it again at each reconnect
+		apply(t, s, Delta{Deletions: []Deletion{{k, "u1"}}})
+		if o, _ := s.Get(k); o.UID != "u1" || at(t, o.Body, "metadata", "deletionTimestamp") == nil {
+			t.Errorf("the pod was not left to the kubelet: %+v", o)
+		}
+		same(t, "outbox", pendingOps(t, s))
 	}
-	same(t, "outbox", pendingOps(t, s))
+	// The namesake comes later than the deletion, and waits all the same.
+	upsertPod(t, s, "a", "u2", "2", "")
+	if o, _ := s.Get(k); o.UID != "u1" {
+		t.Errorf("the namesake did not wait: %+v", o)
+	}
+	kubeletDelete(t, s, k)
+	if o, _ := s.Get(k); o.UID != "u2" || at(t, o.Body, "metadata", "deletionTimestamp") != nil {
+		t.Errorf("the namesake: %+v", o)
+	}
+	// One without containers goes at once.
+	patchStatus(t, s, k, `{"phase":"Failed"}`)
+	apply(t, s, Delta{Deletions: []Deletion{{k, "u2"}}})
+	if _, ok := s.Get(k); ok {
+		t.Error("the failed pod is still there")
+	}
 }
 
 func TestDeletedHereIsNotBroughtBack(t *testing.T) {

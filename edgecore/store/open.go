@@ -339,6 +339,9 @@ func (s *Store) decode(tx *bolt.Tx) error {
 		}
 		got.Outbox++
 		s.outbox.insertLocked(e)
+		if e.op == OpDelete {
+			s.gone.add(e.uid)
+		}
 		return nil
 	})
 	if err != nil {
