@@ -15,11 +15,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const cgroupMount = "/sys/fs/cgroup"
+const (
+	cgroupMount  = "/sys/fs/cgroup"
+	cgroupPrefix = "/skerry-"
+)
 
 // CgroupRoot returns the cgroup that the machine's containers belong below:
 // what the kubelet takes as its cgroup root.
-func (m *Machine) CgroupRoot() string { return "/skerry-" + m.cfg.Name }
+func (m *Machine) CgroupRoot() string { return cgroupPrefix + m.cfg.Name }
 
 // cgroupV2 tells whether the host has the unified hierarchy alone.
 func cgroupV2() (bool, error) {

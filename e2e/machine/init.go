@@ -16,13 +16,18 @@ import (
 // initArg is argv[0] of a machine's pid 1, and how Main knows itself.
 const initArg = "skerry-machine-init"
 
+// ownerEnv is how pid 1 of a machine, and what is not given an environment of
+// its own, tells which process of the host has started it.
+func ownerEnv(pid int) string { return fmt.Sprintf("SKERRY_MACHINE_OWNER=%d:%d", pid, StartTime(pid)) }
+
 // What pid 1 finds open, besides its console on 1 and 2.
 const (
 	fdControl  = 3 + iota // the listening control socket
 	fdSetup               // the setup is read from it
 	fdResult              // "ok" or what went wrong is written to it
 	fdLifeline            // ends when the process that started the machine has ended
-	fdLock                // only held: the claim on the machine's index
+	fdClaim1              // only held, as the next
+	fdClaim2
 )
 
 // setup is what pid 1 needs to know.
@@ -60,7 +65,7 @@ func Main() {
 
 // initMain sets the machine up, tells the host and supervises.
 func initMain(result *os.File) error {
-	for fd := fdControl; fd <= fdLock; fd++ {
+	for fd := fdControl; fd <= fdClaim2; fd++ {
 		syscall.CloseOnExec(fd)
 	}
 	// Nothing but the host's SIGKILL ends pid 1. The signals are caught and not

@@ -21,7 +21,8 @@ import (
 // the host's own.
 type Footprint map[string]bool
 
-// Snapshot takes the footprint of everything on this host.
+// Snapshot takes the footprint of everything on this host but the machines of
+// other processes.
 func Snapshot(ctx context.Context) (Footprint, error) {
 	f := Footprint{}
 	for _, add := range []func(context.Context, Footprint) error{addProcesses, addMounts, addLinks, addRules, addCgroups} {
@@ -33,9 +34,7 @@ func Snapshot(ctx context.Context) (Footprint, error) {
 }
 
 // Leaks returns what is there now and was not in before. It gives the kernel
-// up to 15 seconds to finish taking things down. What others have started on
-// this host meanwhile counts as well, so tests that ask run one after another
-// (go test -p 1).
+// up to 15 seconds to finish taking things down.
 func Leaks(ctx context.Context, before Footprint) ([]string, error) {
 	var left []string
 	err := poll(ctx, 15*time.Second, func() (bool, error) {
@@ -65,26 +64,73 @@ func addProcesses(_ context.Context, f Footprint) error {
 	if err != nil {
 		return err
 	}
-	procs, err := filepath.Glob("/proc/[0-9]*")
+	procs, err := readProcesses()
 	if err != nil {
 		return err
 	}
-	for _, dir := range procs {
-		for _, kind := range []string{"mnt", "net", "pid"} {
-			if ns, err := os.Readlink(filepath.Join(dir, "ns", kind)); err == nil { // else it has just ended
-				f["namespace "+ns] = true
-			}
-		}
-		ns, err := os.Readlink(filepath.Join(dir, "ns/pid"))
-		if err != nil || ns == own {
+	for pid, p := range procs {
+		if ofOthers(procs, pid) {
 			continue
 		}
-		if cmdline, err := os.ReadFile(filepath.Join(dir, "cmdline")); err == nil {
-			args := strings.ReplaceAll(strings.TrimRight(string(cmdline), "\x00"), "\x00", " ")
-			f[fmt.Sprintf("process %s: %s", filepath.Base(dir), args)] = true
+		for _, kind := range []string{"mnt", "net", "pid"} {
+			if ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/%s", pid, kind)); err == nil { // else it has just ended
+				f["namespace "+ns] = true
+				if kind == "pid" && ns != own {
+					f[fmt.Sprintf("process %d: %s", pid, strings.Join(p.args, " "))] = true
+				}
+			}
 		}
 	}
 	return nil
+}
+
+type hostProcess struct {
+	parent int
+	args   []string
+}
+
+func readProcesses() (map[int]hostProcess, error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	procs := map[int]hostProcess{}
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil {
+			continue // it has just ended; so below
+		}
+		cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		if err != nil {
+			continue
+		}
+		fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
+		parent, err := strconv.Atoi(string(fields[1]))
+		if err != nil {
+			return nil, fmt.Errorf("/proc/%d/stat: %w", pid, err)
+		}
+		procs[pid] = hostProcess{parent: parent, args: strings.Split(strings.TrimRight(string(cmdline), "\x00"), "\x00")}
+	}
+	return procs, nil
+}
+
+// ofOthers tells whether a process belongs to a machine that another process
+// has started. All processes of a machine descend from its pid 1.
+func ofOthers(procs map[int]hostProcess, pid int) bool {
+	for ; pid > 1; pid = procs[pid].parent {
+		if procs[pid].args == nil {
+			return false
+		}
+		if procs[pid].args[0] == initArg {
+			env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+			return err == nil && !slices.Contains(strings.Split(string(env), "\x00"), ownerEnv(os.Getpid()))
+		}
+	}
+	return false
 }
 
 func addMounts(_ context.Context, f Footprint) error {
@@ -103,9 +149,19 @@ func addMounts(_ context.Context, f Footprint) error {
 }
 
 func addLinks(_ context.Context, f Footprint) error {
+	claims, err := othersClaims()
+	if err != nil {
+		return err
+	}
 	links, err := net.Interfaces()
 	for _, l := range links {
-		f["link "+l.Name] = true
+		index, ok := strings.CutPrefix(l.Name, bridgePrefix)
+		if !ok {
+			index, ok = strings.CutPrefix(l.Name, hostLinkPrefix)
+		}
+		if !ok || !claims[claimIndex+index] {
+			f["link "+l.Name] = true
+		}
 	}
 	return err
 }
@@ -134,8 +190,13 @@ func addRules(ctx context.Context, f Footprint) error {
 	return nil
 }
 
-// addCgroups adds all cgroups but those of systemd's units, which come and go.
+// addCgroups adds all cgroups but those of systemd's units, which come and go,
+// and of others' machines.
 func addCgroups(_ context.Context, f Footprint) error {
+	claims, err := othersClaims()
+	if err != nil {
+		return err
+	}
 	hierarchies, err := cgroupHierarchies()
 	if err != nil {
 		return err
@@ -150,6 +211,9 @@ func addCgroups(_ context.Context, f Footprint) error {
 			case !d.IsDir():
 				return nil
 			case strings.HasSuffix(path, ".slice") || strings.HasSuffix(path, ".scope"):
+				return fs.SkipDir
+			}
+			if name, ok := strings.CutPrefix(path, h+cgroupPrefix); ok && claims[claimName+name] {
 				return fs.SkipDir
 			}
 			f["cgroup "+path] = true

@@ -49,8 +49,8 @@ type Bind struct {
 type Machine struct {
 	cfg    Config
 	log    *slog.Logger
-	lock   net.Listener // holds the index on this host
-	linkMu sync.Mutex   // serialises changes of the link
+	claims []net.Listener // on name and index, see claims.go
+	linkMu sync.Mutex     // serialises changes of the link
 
 	mu       sync.Mutex
 	boot     *boot // nil while off
@@ -115,11 +115,11 @@ func New(cfg Config) (*Machine, error) {
 			return m, nil
 		}
 	}
-	if err := m.claimIndex(); err != nil {
+	if err := m.claim(); err != nil {
 		return nil, err
 	}
 	if err := m.saveState(state{Name: cfg.Name, Index: m.cfg.Index}); err != nil {
-		m.lock.Close()
+		m.dropClaims()
 		return nil, err
 	}
 	return m, nil
@@ -207,9 +207,7 @@ func (m *Machine) Destroy(ctx context.Context) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	err := errors.Join(m.powerOffLocked(ctx), m.removeCgroups(ctx), m.removeBridge(ctx))
-	if m.lock != nil {
-		m.lock.Close()
-	}
+	m.dropClaims()
 	if err != nil {
 		return err // Dir stays, so that another Destroy can finish
 	}
@@ -297,19 +295,21 @@ func (m *Machine) powerOnLocked(ctx context.Context) (*boot, error) {
 		return fail(err)
 	}
 	defer console.Close()
-	lock, err := m.lockFile()
+	claims, err := m.claimFiles()
+	for _, c := range claims {
+		defer c.Close()
+	}
 	if err != nil {
 		lifeW.Close()
 		return fail(err)
 	}
-	defer lock.Close()
 
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Args = []string{initArg}
 	cmd.Dir = "/"
-	cmd.Env = []string{pathEnv, "HOME=/root"}
+	cmd.Env = []string{pathEnv, "HOME=/root", ownerEnv(os.Getpid())}
 	cmd.Stdout, cmd.Stderr = console, console
-	cmd.ExtraFiles = []*os.File{control, setupR, resultW, lifeR, lock} // fds 3.. of pid 1, see init.go
+	cmd.ExtraFiles = append([]*os.File{control, setupR, resultW, lifeR}, claims...) // fds 3.. of pid 1, see init.go
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Setsid:     true,
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC,

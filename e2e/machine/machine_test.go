@@ -411,12 +411,19 @@ func TestOwnerDies(t *testing.T) {
 	if _, serr := fmt.Sscanf(said, "index %d pid %d", &index, &pid); serr != nil {
 		t.Fatalf("the owner said %q, %v", said, err)
 	}
+	bridge := fmt.Sprintf("link skbr%d", index)
+	if now, err := machine.Snapshot(t.Context()); err != nil || now[bridge] {
+		t.Errorf("the footprint shows the machine of another process: %v", err)
+	}
 	owner.Process.Kill()
 	owner.Wait()
 	await(t, "pid 1 has ended", func() (bool, string) {
 		err := syscall.Kill(pid, 0)
 		return errors.Is(err, syscall.ESRCH), fmt.Sprint(err)
 	})
+	if now, err := machine.Snapshot(t.Context()); err != nil || !now[bridge] {
+		t.Errorf("the footprint does not show what a dead process has left: %v", err)
+	}
 	again, err := machine.New(machine.Config{Dir: owned, Name: "owned-1", NoContainerd: true})
 	if err != nil {
 		t.Fatal(err)
@@ -457,11 +464,16 @@ func TestConfig(t *testing.T) {
 	}
 }
 
-func TestIndexIsClaimed(t *testing.T) {
+func TestClaims(t *testing.T) {
 	m := newMachine(t, "first", nil)
-	_, err := machine.New(machine.Config{Dir: t.TempDir(), Name: "second", Index: m.Index()})
-	if err == nil || !strings.Contains(err.Error(), "in use") {
-		t.Errorf("a second machine of index %d: %v; want an error", m.Index(), err)
+	for what, cfg := range map[string]machine.Config{
+		"index": {Name: "second", Index: m.Index()},
+		"name":  {Name: "first"},
+	} {
+		cfg.Dir = t.TempDir()
+		if _, err := machine.New(cfg); err == nil || !strings.Contains(err.Error(), what) || !strings.Contains(err.Error(), "in use") {
+			t.Errorf("a second machine of the same %s: %v; want an error", what, err)
+		}
 	}
 }
 

@@ -5,14 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"strings"
 	"time"
 )
-
-const maxIndex = 250
 
 // LinkCut says how the machine loses its network.
 type LinkCut int
@@ -38,8 +35,13 @@ func (m *Machine) PodSubnet() string { return fmt.Sprintf("10.200.%d.0/24", m.cf
 // Index returns the number that picked the networks.
 func (m *Machine) Index() int { return m.cfg.Index }
 
-func (m *Machine) bridge() string   { return fmt.Sprintf("skbr%d", m.cfg.Index) }
-func (m *Machine) hostLink() string { return fmt.Sprintf("skve%d", m.cfg.Index) }
+const (
+	bridgePrefix   = "skbr"
+	hostLinkPrefix = "skve"
+)
+
+func (m *Machine) bridge() string   { return fmt.Sprint(bridgePrefix, m.cfg.Index) }
+func (m *Machine) hostLink() string { return fmt.Sprint(hostLinkPrefix, m.cfg.Index) }
 
 // Prepare makes the host's end of the network, so that a server can listen on
 // HostIP before the machine is on. Start does it otherwise.
@@ -124,41 +126,6 @@ func (m *Machine) removeBridge(ctx context.Context) error {
 	}
 	m.prepared = false
 	return nil
-}
-
-// claimIndex reserves the machine's index on this host until the machine and
-// this process have let go of it, without leaving a file behind: the lock is
-// an abstract unix socket.
-func (m *Machine) claimIndex() error {
-	if m.cfg.Index < 0 || m.cfg.Index > maxIndex {
-		return fmt.Errorf("machine %s: index %d is not in 1..%d", m.cfg.Name, m.cfg.Index, maxIndex)
-	}
-	first, last := m.cfg.Index, m.cfg.Index
-	if m.cfg.Index == 0 {
-		first, last = 1, maxIndex
-	}
-	for i := first; i <= last; i++ {
-		l, err := net.Listen("unix", fmt.Sprintf("@skerry-machine-%d", i))
-		if err != nil {
-			continue
-		}
-		m.lock, m.cfg.Index = l, i
-		return nil
-	}
-	if m.cfg.Index != 0 {
-		return fmt.Errorf("machine %s: index %d is in use by another machine on this host", m.cfg.Name, m.cfg.Index)
-	}
-	return fmt.Errorf("machine %s: all %d indexes are in use on this host", m.cfg.Name, maxIndex)
-}
-
-// lockFile returns the index lock for pid 1 to hold as well.
-func (m *Machine) lockFile() (*os.File, error) {
-	if m.lock == nil { // adopted from another process, and powered off since
-		if err := m.claimIndex(); err != nil {
-			return nil, err
-		}
-	}
-	return m.lock.(*net.UnixListener).File()
 }
 
 func linkExists(name string) bool {
