@@ -200,7 +200,10 @@ func TestInformersFollow(t *testing.T) {
 	for i := range 50 {
 		r.deliver(t, upsert(t, "pods", pod(fmt.Sprintf("p%d", i), fmt.Sprintf("up%d", i)), "1"))
 	}
-	if err := r.store.ApplyDelta(ctx, store.Delta{Deletions: []store.Deletion{{Key: store.Key{Resource: "pods", Namespace: "default", Name: "a"}, UID: "u1"}}}); err != nil {
+	if err := r.store.Local(ctx, func(tx *store.Tx) error {
+		_, err := tx.Delete(store.Key{Resource: "pods", Namespace: "default", Name: "a"})
+		return err
+	}); err != nil {
 		t.Fatal(err)
 	}
 	await(t, "the informer has what the store has", func() bool {
