@@ -29,10 +29,11 @@ const (
 
 // etcd is the embedded store, of one member, behind a unix socket.
 type etcd struct {
-	server *embed.Etcd
-	socket string
-	closed chan struct{}
-	once   sync.Once
+	server  *embed.Etcd
+	socket  string
+	closed  chan struct{}
+	watcher sync.WaitGroup
+	once    sync.Once
 }
 
 func startEtcd(ctx context.Context, dir *dataDir, log *slog.Logger) (*etcd, error) {
@@ -79,25 +80,25 @@ func startEtcd(ctx context.Context, dir *dataDir, log *slog.Logger) (*etcd, erro
 
 func (e *etcd) endpoint() string { return "unix://" + e.socket }
 
-// watch reports that etcd ended by itself; it returns when e is closed.
+// watch calls fail when etcd ends before it is closed.
 func (e *etcd) watch(fail context.CancelCauseFunc) {
-	select {
-	case <-e.closed:
-	case err := <-e.server.Err():
-		fail(fmt.Errorf("control plane: etcd: %w", err))
-	case <-e.server.Server.StopNotify():
+	e.watcher.Go(func() {
 		select {
 		case <-e.closed:
-		default:
+			return
+		case err := <-e.server.Err():
+			fail(fmt.Errorf("control plane: etcd: %w", err))
+		case <-e.server.Server.StopNotify():
 			fail(errors.New("control plane: etcd stopped by itself"))
 		}
-	}
+	})
 }
 
 // Close stops etcd; what it has acknowledged is on disk.
 func (e *etcd) Close() {
 	e.once.Do(func() {
 		close(e.closed)
+		e.watcher.Wait()
 		e.server.Close()
 	})
 }

@@ -212,7 +212,7 @@ func (p *Plane) runLayers(ctx context.Context, dir *dataDir, listener net.Listen
 			return err
 		}
 		defer store.Close()
-		go store.watch(fail)
+		store.watch(fail)
 		endpoints = []string{store.endpoint()}
 		p.log.Debug("etcd is ready", "after", time.Since(started).Round(time.Millisecond))
 	}

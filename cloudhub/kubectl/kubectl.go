@@ -6,7 +6,9 @@ package kubectl
 
 import (
 	"os"
+	"os/signal"
 	"path/filepath"
+	"syscall"
 
 	"github.com/spf13/cobra"
 	"k8s.io/cli-runtime/pkg/genericclioptions"
@@ -34,23 +36,28 @@ func NewCommand(defaultKubeconfig string) *cobra.Command {
 		Short:              "Run kubectl against this hub's cluster",
 		DisableFlagParsing: true,
 		Run: func(_ *cobra.Command, args []string) {
+			// kubectl catches signals where it has something to tidy up, and
+			// elsewhere (exec, cp, get -w) ends by them: the program's own
+			// handling, which waits for a context nobody looks at, would
+			// swallow the first Ctrl-C.
+			signal.Reset(os.Interrupt, syscall.SIGTERM)
+			if err := useKubeconfig(defaultKubeconfig); err != nil {
+				util.CheckErr(err)
+			}
 			logs.GlogSetter(cmd.GetLogVerbosity(args)) //nolint:errcheck // a wrong -v is reported when flags are parsed
-			if err := cli.RunNoErrOutput(newKubectl(defaultKubeconfig, args, streams)); err != nil {
+			if err := cli.RunNoErrOutput(newKubectl(args, streams)); err != nil {
 				util.CheckErr(err)
 			}
 		},
 	}
 }
 
-func newKubectl(defaultKubeconfig string, args []string, streams genericiooptions.IOStreams) *cobra.Command {
+func newKubectl(args []string, streams genericiooptions.IOStreams) *cobra.Command {
 	flags := genericclioptions.NewConfigFlags(true).
 		WithDeprecatedPasswordFlag().
 		WithDiscoveryBurst(300).
 		WithDiscoveryQPS(50).
 		WithWarningPrinter(streams)
-	if path := findKubeconfig(defaultKubeconfig); path != "" {
-		*flags.KubeConfig = path
-	}
 	c := cmd.NewDefaultKubectlCommandWithArgs(cmd.KubectlOptions{
 		PluginHandler: cmd.NewDefaultPluginHandler(plugin.ValidPluginFilenamePrefixes),
 		Arguments:     append([]string{"kubectl"}, args...),
@@ -62,6 +69,17 @@ func newKubectl(defaultKubeconfig string, args []string, streams genericiooption
 	c.SetOut(streams.Out)
 	c.SetErr(streams.ErrOut)
 	return c
+}
+
+// useKubeconfig makes the default file KUBECONFIG where the user has none of
+// his own. The variable and not a flag, as "kubectl config" and plugins know
+// only that.
+func useKubeconfig(defaultPath string) error {
+	path := findKubeconfig(defaultPath)
+	if path == "" {
+		return nil
+	}
+	return os.Setenv("KUBECONFIG", path)
 }
 
 // findKubeconfig is the default file, where the user has none of his own.
