@@ -16,9 +16,12 @@
 // The package knows nothing of Kubernetes, authenticates nobody (the caller's
 // TLS configuration does) and starts no listener.
 //
+// On links with a round trip worth the name, what bulk streams have on the way
+// is bounded (pacing.go), so that an exec beside an upload stays responsive.
+// That takes Linux and a plain TCP socket; elsewhere there is no bound.
+//
 // Not here yet, though the structure leaves their place: parking idle sessions
-// on epoll (readMessage keeps no state on the stack between messages), taking
-// byte streams over to a new connection (credit is absolute and HELLO carries
-// unknown settings through), and the bound on bulk in flight, which would
-// limit what fillLocked takes from the stream class.
+// on epoll (readMessage keeps no state on the stack between messages), and
+// taking byte streams over to a new connection (credit is absolute, and HELLO
+// may carry further settings).
 package tunnel

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -23,6 +24,7 @@ import (
 // link with a rate, a round trip and a queue that drops what does not fit. It
 // needs root.
 type slowLink struct {
+	cc        string // TCP congestion control
 	near, far *netns
 	tasks     sync.WaitGroup
 }
@@ -33,12 +35,12 @@ type netns struct {
 	tun   *os.File
 }
 
-func newSlowLink(b *testing.B, rate int, rtt time.Duration, queue int) *slowLink {
+func newSlowLink(b *testing.B, cc string, rate int, rtt time.Duration, queue int) *slowLink {
 	b.Helper()
 	if os.Getuid() != 0 {
 		b.Skip("needs root for network namespaces and TUN devices")
 	}
-	l := &slowLink{near: newNetns(b, "10.78.0.1", "10.78.0.2"), far: newNetns(b, "10.78.0.2", "10.78.0.1")}
+	l := &slowLink{cc: cc, near: newNetns(b, "10.78.0.1", "10.78.0.2"), far: newNetns(b, "10.78.0.2", "10.78.0.1")}
 	l.carry(l.near.tun, l.far.tun, rate, rtt/2, queue)
 	l.carry(l.far.tun, l.near.tun, rate, rtt/2, queue)
 	b.Cleanup(func() {
@@ -148,16 +150,29 @@ func BenchmarkSlowLink(b *testing.B) {
 		{"10Mbit-50ms", 1_250_000, 50 * time.Millisecond, 125_000},
 		{"1Mbit-100ms", 125_000, 100 * time.Millisecond, 62_500},
 	} {
-		for _, bulk := range []int{0, 1, 8} {
-			for _, kind := range []string{"tls", "mux"} {
-				b.Run(fmt.Sprintf("%s/%s/beside=%d", l.name, kind, bulk), func(b *testing.B) {
-					link := newSlowLink(b, l.rate, l.rtt, l.q)
-					echo, bulks := link.connect(b, kind, bulk)
-					benchSlow(b, echo, bulks)
-				})
+		for _, cc := range []string{"cubic", "bbr"} {
+			for _, bulk := range []int{0, 1, 8} {
+				for _, kind := range []string{"tls", "mux"} {
+					b.Run(fmt.Sprintf("%s/%s/%s/beside=%d", l.name, cc, kind, bulk), func(b *testing.B) {
+						link := newSlowLink(b, cc, l.rate, l.rtt, l.q)
+						echo, bulks := link.connect(b, kind, bulk)
+						benchSlow(b, echo, bulks)
+					})
+				}
 			}
 		}
 	}
+}
+
+// control sets a socket's congestion control before it is used.
+func (l *slowLink) control(_, _ string, rc syscall.RawConn) error {
+	var err error
+	if cerr := rc.Control(func(fd uintptr) {
+		err = unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, l.cc)
+	}); cerr != nil {
+		return cerr
+	}
+	return err
 }
 
 // connect makes one stream for echoes, which the hub opens, and n for uploads.
@@ -166,7 +181,8 @@ func (l *slowLink) connect(b *testing.B, kind string, n int) (echo [2]net.Conn, 
 	certs := newCerts(b)
 	var tcp net.Listener
 	var err error
-	l.far.in(func() { tcp, err = net.Listen("tcp", "10.78.0.2:0") })
+	lc, nd := net.ListenConfig{Control: l.control}, net.Dialer{Control: l.control}
+	l.far.in(func() { tcp, err = lc.Listen(b.Context(), "tcp", "10.78.0.2:0") })
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -186,7 +202,7 @@ func (l *slowLink) connect(b *testing.B, kind string, n int) (echo [2]net.Conn, 
 				accepted <- c
 			}()
 			var raw net.Conn
-			l.near.in(func() { raw, err = net.Dial("tcp", tcp.Addr().String()) })
+			l.near.in(func() { raw, err = nd.Dial("tcp", tcp.Addr().String()) })
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -216,7 +232,7 @@ func (l *slowLink) connect(b *testing.B, kind string, n int) (echo [2]net.Conn, 
 	cfg.ServerName = "hub"
 	d := &Dialer{URL: "https://" + tcp.Addr().String(), TLS: cfg,
 		NetDial: func(_ context.Context, network, addr string) (c net.Conn, err error) {
-			l.near.in(func() { c, err = net.Dial(network, addr) })
+			l.near.in(func() { c, err = nd.Dial(network, addr) })
 			return c, err
 		}}
 	edge, err := d.Dial(b.Context())
