@@ -157,7 +157,7 @@ func (h *hubClient) explainChain(ctx context.Context, e *tls.CertificateVerifica
 		return h.explainClock(ctx, e, conf)
 	case errors.As(e.Err, &name) && len(chain) > 0:
 		return h.fail(ReasonHubName, e, fmt.Sprintf("the hub's certificate is for %s, not for %s", certNames(chain[0]), h.url.Hostname()),
-			fmt.Sprintf("join by one of those, or start cloudhub with --server-name %s added", h.url.Hostname()))
+			fmt.Sprintf("join by one of those, or start cloudhub with --server-names %s added", h.url.Hostname()))
 	case errors.As(e.Err, new(x509.UnknownAuthorityError)):
 		return h.fail(ReasonHubCert, e, "the certificate shown by "+h.url.Host+" does not come from the CA this node trusts ("+describe(chain)+")",
 			"another hub answers there, or somebody listens in between; check the address, or join anew with a new token and --replace")

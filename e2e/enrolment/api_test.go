@@ -1,15 +1,14 @@
-// Package apitest runs joining against a real API server, with the rights a
-// hub has there, and with edgecore's own client.
-package apitest
+// Package enrolment tests joining, renewing and revoking with both ends: the
+// hub's registry, against a real API server too with the rights a
+// hub has there, and edgecore's own client.
+package enrolment
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -87,20 +86,6 @@ func token(t *testing.T, hub *enrolltest.Hub, opts enroll.TokenOptions) string {
 		t.Fatal(err)
 	}
 	return text
-}
-
-func whoAmI(hub *enrolltest.Hub, id *identity.Identity) (string, error) {
-	c := &http.Client{Transport: &http.Transport{TLSClientConfig: id.ClientTLS(), DisableKeepAlives: true}, Timeout: 20 * time.Second}
-	resp, err := c.Get(hub.URL + enrolltest.WhoAmI)
-	if err != nil {
-		return "", err
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	if err == nil && resp.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s: %s", resp.Status, body)
-	}
-	return string(body), err
 }
 
 func TestLifeOfANode(t *testing.T) {

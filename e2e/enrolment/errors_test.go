@@ -1,4 +1,4 @@
-package identity_test
+package enrolment
 
 import (
 	"context"
@@ -144,7 +144,7 @@ func TestJoinErrors(t *testing.T) {
 		setUp: func(t *testing.T, s *situation) {
 			s.start(t, enroll.Config{ServerNames: []string{"hub.example", "192.0.2.1"}})
 		},
-		want: `join {HUB} as node edge-7: the hub's certificate is for hub.example, 192.0.2.1, not for 127.0.0.1; join by one of those, or start cloudhub with --server-name 127.0.0.1 added`,
+		want: `join {HUB} as node edge-7: the hub's certificate is for hub.example, 192.0.2.1, not for 127.0.0.1; join by one of those, or start cloudhub with --server-names 127.0.0.1 added`,
 	}, {
 		name:   "clock behind",
 		reason: identity.ReasonClockSkew,
