@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -107,11 +108,10 @@ func runHub(ctx context.Context, cfg hubConfig) error {
 	mux.Handle("POST "+edgeapi.RenewPath, registry.RenewHandler())
 	mux.Handle("GET "+tunnelPath, e)
 	mux.Handle("GET /metrics", exposition)
-	tlsConfig := registry.ServerTLS()
-	tlsConfig.NextProtos = []string{"http/1.1"} // a WebSocket takes an HTTP/1.1 connection over
 	srv := &http.Server{
 		Handler:           mux,
-		TLSConfig:         tlsConfig,
+		TLSConfig:         registry.ServerTLS(),
+		TLSNextProto:      map[string]func(*http.Server, *tls.Conn, http.Handler){}, // no HTTP/2: a WebSocket takes an HTTP/1.1 connection over
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    16 << 10,
