@@ -88,6 +88,30 @@ func (h *Hub) APIAddress() string { return h.cfg.API }
 
 // Start runs the hub and returns when it serves nodes.
 func (h *Hub) Start(ctx context.Context) error {
+	if err := h.start(); err != nil {
+		return err
+	}
+	return h.Wait(ctx)
+}
+
+// StartReadyz runs the hub and returns when its API server answers /readyz.
+func (h *Hub) StartReadyz(ctx context.Context) error {
+	if err := h.start(); err != nil {
+		return err
+	}
+	return h.proc.waitFor(ctx, "the API server's /readyz", func() bool { return h.readyz(ctx) })
+}
+
+func (h *Hub) readyz(ctx context.Context) bool {
+	client, err := h.Client()
+	if err != nil {
+		return false
+	}
+	_, err = client.Discovery().RESTClient().Get().AbsPath("/readyz").DoRaw(ctx)
+	return err == nil
+}
+
+func (h *Hub) start() error {
 	names := append([]string{"127.0.0.1", "localhost"}, h.cfg.Names...)
 	args := append([]string{"standalone", "--data-dir", h.DataDir(), "--listen", h.cfg.Listen,
 		"--apiserver-listen", h.cfg.API, "--server-names", strings.Join(names, ",")}, h.cfg.Args...)
@@ -96,7 +120,7 @@ func (h *Hub) Start(ctx context.Context) error {
 		return err
 	}
 	h.proc = p
-	return h.Wait(ctx)
+	return nil
 }
 
 // Wait returns when the hub serves nodes.
@@ -107,11 +131,7 @@ func (h *Hub) Wait(ctx context.Context) error {
 			return false
 		}
 		c.Close()
-		client, err := h.Client()
-		if err != nil {
-			return false
-		}
-		if _, err := client.Discovery().RESTClient().Get().AbsPath("/readyz").DoRaw(ctx); err != nil {
+		if !h.readyz(ctx) {
 			return false
 		}
 		// The listener is open from the first moment; the log line tells that
