@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"cmp"
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"net"
@@ -50,7 +49,7 @@ type link struct {
 	name         string
 	hardware     bool // backed by a device
 	defaultRoute bool
-	metric       int // of the default route
+	metric       uint32 // of the default route
 	addresses    []net.IP
 }
 
@@ -97,6 +96,10 @@ func (l link) rank() int {
 // their addresses are the same on every node.
 var containerLinks = []string{"cni", "veth", "docker", "podman", "flannel", "cali", "cilium", "lxc", "virbr", "kube-", "nerdctl", "weave", "ovn", "dummy"}
 
+func present(ip net.IP, links []link) bool {
+	return slices.ContainsFunc(links, func(l link) bool { return slices.ContainsFunc(l.addresses, ip.Equal) })
+}
+
 func reportable(ip net.IP) bool {
 	return ip.IsGlobalUnicast() // excludes loopback, multicast, link-local and unspecified
 }
@@ -131,9 +134,9 @@ func listLinks() ([]link, error) {
 }
 
 // defaultRoutes maps interfaces to the lowest metric of their default routes.
-func defaultRoutes(h host) map[string]int {
-	routes := make(map[string]int)
-	note := func(name string, metric int) {
+func defaultRoutes(h host) map[string]uint32 {
+	routes := make(map[string]uint32)
+	note := func(name string, metric uint32) {
 		if old, ok := routes[name]; !ok || metric < old {
 			routes[name] = metric
 		}
@@ -141,20 +144,19 @@ func defaultRoutes(h host) map[string]int {
 	// Iface Destination Gateway Flags RefCnt Use Metric Mask ...
 	if text, err := h.read("/proc/net/route"); err == nil {
 		for f := range fields(text, 8) {
-			metric, err := strconv.Atoi(f[6])
+			metric, err := strconv.ParseUint(f[6], 10, 32)
 			if err == nil && f[1] == "00000000" && f[7] == "00000000" && f[0] != "lo" {
-				note(f[0], metric)
+				note(f[0], uint32(metric))
 			}
 		}
 	}
 	// destination prefixlen source prefixlen nexthop metric refcnt use flags iface
 	if text, err := h.read("/proc/net/ipv6_route"); err == nil {
 		for f := range fields(text, 10) {
-			metric, err := hex.DecodeString(f[5])
-			if err != nil || len(metric) != 4 || f[0] != strings.Repeat("0", 32) || f[1] != "00" || f[9] == "lo" {
-				continue
+			metric, err := strconv.ParseUint(f[5], 16, 32)
+			if err == nil && f[0] == strings.Repeat("0", 32) && f[1] == "00" && f[9] != "lo" {
+				note(f[9], uint32(metric))
 			}
-			note(f[9], int(metric[0])<<24|int(metric[1])<<16|int(metric[2])<<8|int(metric[3]))
 		}
 	}
 	return routes
@@ -234,11 +236,8 @@ type addressWatch struct {
 
 // look returns the address to change to, once it has settled.
 func (w *addressWatch) look(links []link, now time.Time) net.IP {
-	present := slices.ContainsFunc(links, func(l link) bool {
-		return slices.ContainsFunc(l.addresses, w.current.Equal)
-	})
 	next := choose(links)
-	if next == nil || (w.current != nil && present) {
+	if next == nil || (w.current != nil && present(w.current, links)) {
 		w.candidate = nil
 		return nil
 	}

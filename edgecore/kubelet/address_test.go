@@ -79,7 +79,7 @@ fe800000000000000000000000000000 40 00000000000000000000000000000000 00 00000000
 `,
 	})
 	got := defaultRoutes(hostAt(root))
-	want := map[string]int{"eth0": 100, "wlan0": 50, "wwan0": 1024}
+	want := map[string]uint32{"eth0": 100, "wlan0": 50, "wwan0": 1024}
 	if len(got) != len(want) {
 		t.Errorf("routes %v, want %v", got, want)
 	}
@@ -140,6 +140,14 @@ func TestAddressWatch(t *testing.T) {
 			t.Fatalf("changes to %v", got)
 		}
 	})
+}
+
+func TestCheckAddress(t *testing.T) {
+	eth := []link{{name: "eth0", hardware: true, addresses: ips("10.0.0.5")}}
+	wants(t, checkAddress(nil, eth), "", "", "", "")
+	wants(t, checkAddress(net.ParseIP("10.0.0.5"), eth), "", "", "", "")
+	wants(t, checkAddress(nil, nil), Warning, "node address", "no interface has an address", "bring an interface up")
+	wants(t, checkAddress(net.ParseIP("10.0.0.6"), eth), Warning, "node address", "10.0.0.6 is on no interface", "node.ip")
 }
 
 // fixture makes files below a root of its own.

@@ -24,7 +24,8 @@ type Config struct {
 	Transport http.RoundTripper
 
 	// RootDir holds volumes and checkpoints; empty means /var/lib/kubelet,
-	// where CSI drivers and device plugins expect it.
+	// where CSI drivers expect it. Device plugins are always looked for below
+	// /var/lib/kubelet.
 	RootDir string
 	// RuntimeEndpoint is the CRI socket, "unix://" may be left out; empty
 	// means /run/containerd/containerd.sock.
@@ -135,6 +136,14 @@ func (c *Config) complete() error {
 	case "", "cgroupfs", "systemd":
 	default:
 		errs = append(errs, fmt.Errorf("kubelet: cgroup driver %q is unknown; use cgroupfs or systemd, or leave it empty", c.CgroupDriver))
+	}
+	if c.NodeIP != nil && !reportable(c.NodeIP) {
+		errs = append(errs, fmt.Errorf("kubelet: node address %v cannot be reported, as it is a loopback, link-local or multicast address; give another one or none", c.NodeIP))
+	}
+	for _, server := range c.ClusterDNS {
+		if net.ParseIP(server) == nil {
+			errs = append(errs, fmt.Errorf("kubelet: cluster DNS server %q is not an IP address", server))
+		}
 	}
 	if c.MaxPods < 0 {
 		errs = append(errs, fmt.Errorf("kubelet: %d pods at most make no sense; give a positive number", c.MaxPods))

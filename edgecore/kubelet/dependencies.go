@@ -1,13 +1,16 @@
 package kubelet
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
+	"time"
 
 	noopoteltrace "go.opentelemetry.io/otel/trace/noop"
 	clientset "k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	upstream "k8s.io/kubernetes/pkg/kubelet"
+	"k8s.io/kubernetes/pkg/kubelet/apis/config"
 	"k8s.io/kubernetes/pkg/kubelet/cadvisor"
 	kubecontainer "k8s.io/kubernetes/pkg/kubelet/container"
 	"k8s.io/kubernetes/pkg/util/oom"
@@ -28,22 +31,30 @@ import (
 
 // dependencies are what the kubelet would otherwise make for itself: clients
 // over the caller's transport, and the volume plugins Skerry supports.
-func dependencies(cfg *Config, containers cadvisor.Interface) (*upstream.Dependencies, error) {
-	kube, err := client(cfg.Transport)
-	if err != nil {
-		return nil, err
+func dependencies(transport http.RoundTripper, settings *config.KubeletConfiguration, withCSI bool, containers cadvisor.Interface) (*upstream.Dependencies, error) {
+	// No rate limit where upstream has one to protect the API server: it is in
+	// this process. Events are limited all the same, as they end at the cloud's.
+	local := rest.Config{
+		Host:          "http://edge.invalid", // never resolved
+		Transport:     transport,
+		ContentConfig: rest.ContentConfig{ContentType: "application/json"},
+		QPS:           -1,
 	}
-	// Heartbeats get a client of their own as upstream does, so that a slow
-	// list never delays a lease.
-	heartbeat, err := client(cfg.Transport)
-	if err != nil {
-		return nil, err
+	heartbeats, events := local, local
+	heartbeats.Timeout = min(settings.NodeStatusUpdateFrequency.Duration, time.Duration(settings.NodeLeaseDurationSeconds)*time.Second)
+	events.QPS, events.Burst = float32(settings.EventRecordQPS), int(settings.EventBurst)
+
+	kube, err1 := clientset.NewForConfig(&local)
+	heartbeat, err2 := clientset.NewForConfig(&heartbeats)
+	event, err3 := clientset.NewForConfig(&events)
+	if err := errors.Join(err1, err2, err3); err != nil {
+		return nil, fmt.Errorf("kubelet: make clients of the local API: %w", err)
 	}
 	mounter := mount.New("")
 	return &upstream.Dependencies{
 		KubeClient:          kube,
 		HeartbeatClient:     heartbeat,
-		EventClient:         kube.CoreV1(),
+		EventClient:         event.CoreV1(),
 		OnHeartbeatFailure:  func() {}, // there is no connection to drop
 		CAdvisorInterface:   containers,
 		TracerProvider:      noopoteltrace.NewTracerProvider(),
@@ -52,24 +63,10 @@ func dependencies(cfg *Config, containers cadvisor.Interface) (*upstream.Depende
 		Subpather:           subpath.New(mounter),
 		OOMAdjuster:         oom.NewOOMAdjuster(),
 		OSInterface:         kubecontainer.RealOS{},
-		VolumePlugins:       volumePlugins(cfg.CSI),
+		VolumePlugins:       volumePlugins(withCSI),
 		DynamicPluginProber: noFlexVolumes{},
 		TLSOptions:          nil, // the kubelet serves nothing itself
 	}, nil
-}
-
-// client is a clientset without rate limits: the server is in this process.
-func client(transport http.RoundTripper) (*clientset.Clientset, error) {
-	c, err := clientset.NewForConfig(&rest.Config{
-		Host:          "http://edge.invalid", // never resolved, the transport is in-process
-		Transport:     transport,
-		ContentConfig: rest.ContentConfig{ContentType: "application/json"},
-		QPS:           -1,
-	})
-	if err != nil {
-		return nil, fmt.Errorf("kubelet: make a client over the local API: %w", err)
-	}
-	return c, nil
 }
 
 // volumePlugins are the kinds of volume a pod may use. Network file systems and

@@ -7,6 +7,11 @@
 // through Config.Transport), and never stops a container: ending Run leaves
 // every pod running, for the next process to take over.
 //
+// On the host it changes what every kubelet changes: it makes cgroups below
+// Config.CgroupRoot, mounts pods' volumes, writes iptables chains of its own
+// (KUBE-*), and sets vm.overcommit_memory, vm.panic_on_oom, kernel.panic,
+// kernel.panic_on_oops and the limits of kernel keys.
+//
 // # One process, once
 //
 // The upstream kubelet registers metrics, feature gates and cAdvisor settings

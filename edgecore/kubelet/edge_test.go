@@ -100,7 +100,7 @@ func edgeMain(text string) error {
 		NodeName: cfg.NodeName, Transport: facade.Transport(),
 		CgroupRoot: cfg.CgroupRoot, StaticPodPath: cfg.StaticPodPath,
 		NodeLabels: map[string]string{"skerry.dev/test": "yes"},
-		Overlay:    []byte("imageMinimumGCAge: 5m\n"),
+		Overlay:    []byte("imageMinimumGCAge: 5m\nvolumeStatsAggPeriod: 10s\n"),
 		CSI:        cfg.CSI,
 		Log:        log,
 	})

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -56,6 +57,9 @@ func checkHost(h host, cfg *Config, settings *config.KubeletConfiguration) []Fin
 		add(checkWritable(h, dir)...)
 	}
 	add(checkClock(h, cfg.RootDir, time.Now())...)
+	if links, err := listLinks(); err == nil {
+		add(checkAddress(cfg.NodeIP, links)...)
+	}
 	return findings
 }
 
@@ -222,6 +226,19 @@ func checkWritable(h host, dir string) []Finding {
 		finding.Remedy = "free some space on its file system"
 	}
 	return []Finding{finding}
+}
+
+// checkAddress tells when the node has no address to report now. It may get one
+// later; pods start all the same.
+func checkAddress(configured net.IP, links []link) []Finding {
+	const subject = "node address"
+	switch {
+	case configured == nil && choose(links) == nil:
+		return []Finding{{Warning, subject, "no interface has an address to report, so pods with hostNetwork have none", "bring an interface up, or add an address of your own to one (ip addr add)"}}
+	case configured != nil && !present(configured, links):
+		return []Finding{{Warning, subject, configured.String() + " is on no interface", "add it to one, or correct or remove node.ip"}}
+	}
+	return nil
 }
 
 // checkClock finds a clock that cannot be right: a board without a battery

@@ -166,7 +166,7 @@ func (k *Kubelet) buildDependencies(server *options.KubeletServer) error {
 	}
 	// The kubelet starts its cAdvisor once, when it is built and the runtime is
 	// up; it can be asked from then on.
-	deps, err := dependencies(&k.cfg, startSignal{measured, func() { close(k.live) }})
+	deps, err := dependencies(k.cfg.Transport, k.settings, k.cfg.CSI, startSignal{measured, func() { close(k.live) }})
 	if err != nil {
 		return err
 	}

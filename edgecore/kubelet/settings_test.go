@@ -2,6 +2,7 @@ package kubelet
 
 import (
 	"maps"
+	"net"
 	"net/http"
 	"slices"
 	"strings"
@@ -140,6 +141,8 @@ func TestConfigIsRefused(t *testing.T) {
 		"cgroup driver": {Config{CgroupDriver: "docker"}, `cgroup driver "docker" is unknown`},
 		"cgroup root":   {Config{CgroupRoot: "skerry"}, `cgroup root "skerry" is not absolute`},
 		"pods":          {Config{MaxPods: -1}, "-1 pods"},
+		"node address":  {Config{NodeIP: net.ParseIP("127.0.0.1")}, "node address 127.0.0.1 cannot be reported"},
+		"cluster DNS":   {Config{ClusterDNS: []string{"dns.local"}}, `"dns.local" is not an IP address`},
 		"label":         {Config{NodeLabels: map[string]string{"kubernetes.io/role": "x"}}, "kubernetes.io/role"},
 	} {
 		t.Run(name, func(t *testing.T) {
