@@ -50,7 +50,7 @@ release: ## Build the release archives for all platforms into dist/
 test: vet test-unit test-e2e ## Run every check and every test (needs root)
 
 .PHONY: test-unit
-test-unit: ## Run the tests of the packages
+test-unit: deps ## Run the tests of the packages (needs root)
 	$(GO_TEST) $(UNIT)
 
 .PHONY: test-e2e
