@@ -21,6 +21,9 @@ type Config struct {
 
 	// DataDir holds all state. Default /var/lib/skerry/cloudhub.
 	DataDir string `json:"dataDir,omitempty"`
+	// RuntimeDir holds etcd's socket. Default DATA-DIR/run; set it when that
+	// path is too long for a socket.
+	RuntimeDir string `json:"runtimeDir,omitempty"`
 	// Listen is the address that edge nodes dial. Default ":10443".
 	Listen string `json:"listen,omitempty"`
 	// PublicURL is how edge nodes reach Listen; it goes into join commands.
@@ -72,6 +75,7 @@ func defaultConfig() Config {
 // bind gives every key of c a flag.
 func (c *Config) bind(fs *pflag.FlagSet) {
 	fs.StringVar(&c.DataDir, "data-dir", c.DataDir, "directory of all state")
+	fs.StringVar(&c.RuntimeDir, "runtime-dir", c.RuntimeDir, "directory of etcd's socket (default DATA-DIR/run)")
 	fs.StringVar(&c.Listen, "listen", c.Listen, "address that edge nodes dial")
 	fs.StringVar(&c.PublicURL, "public-url", c.PublicURL, "how edge nodes reach --listen, for join commands (default: made from the server names)")
 	fs.StringSliceVar(&c.ServerNames, "server-names", c.ServerNames, "DNS names and IPs in the hub's certificate (default: this host's)")

@@ -14,7 +14,6 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
-	"k8s.io/klog/v2"
 
 	"github.com/skerry-io/skerry/cloudhub/controlplane"
 	"github.com/skerry-io/skerry/cloudhub/kubectl"
@@ -55,8 +54,6 @@ func newCommand() *cobra.Command {
 	return root
 }
 
-// newLog returns the program's logger and routes klog, which the Kubernetes
-// libraries write to, into it.
 func newLog(c LogConfig) (*slog.Logger, error) {
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(c.Level)); err != nil {
@@ -72,26 +69,8 @@ func newLog(c LogConfig) (*slog.Logger, error) {
 	default:
 		return nil, fmt.Errorf("log format %q: use text or json", c.Format)
 	}
-	log := slog.New(h)
-	klog.SetSlogLogger(slog.New(atLeast{h, level + slog.LevelWarn}))
-	return log, nil
+	return slog.New(h), nil
 }
-
-// atLeast raises the level of a handler: Kubernetes' own info lines are of use
-// to those who ask for debug only.
-type atLeast struct {
-	slog.Handler
-	level slog.Level
-}
-
-func (h atLeast) Enabled(ctx context.Context, l slog.Level) bool {
-	return l >= h.level && h.Handler.Enabled(ctx, l)
-}
-
-func (h atLeast) WithAttrs(a []slog.Attr) slog.Handler {
-	return atLeast{h.Handler.WithAttrs(a), h.level}
-}
-func (h atLeast) WithGroup(n string) slog.Handler { return atLeast{h.Handler.WithGroup(n), h.level} }
 
 // ended turns the end that was asked for into success.
 func ended(ctx context.Context, err error) error {

@@ -38,6 +38,7 @@ DATA-DIR/admin.kubeconfig is the administrator's access to it.`,
 			if err != nil {
 				return err
 			}
+			controlplane.RedirectKlog(c.Context(), log)
 			return ended(c.Context(), runStandalone(c.Context(), cfg, log))
 		},
 	}
@@ -64,6 +65,7 @@ func runStandalone(ctx context.Context, cfg Config, log *slog.Logger) error {
 	var proxy *kubeletproxy.Proxy
 	plane, err := controlplane.New(controlplane.Config{
 		DataDir:          cfg.DataDir,
+		RuntimeDir:       cfg.RuntimeDir,
 		Listen:           cfg.APIServerListen,
 		AdvertiseAddress: cfg.AdvertiseAddress,
 		ExtraSANs:        cfg.ServerNames,
