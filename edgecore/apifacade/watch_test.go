@@ -95,14 +95,14 @@ func TestWatchList(t *testing.T) {
 		t.Fatalf("an object that stopped matching: %+v", e)
 	}
 	// Others' writes move the bookmark of a quiet watch.
-	lease(t, r)
+	writeLease(t, r)
 	await(t, "a bookmark with the store's resourceVersion", func() bool {
 		e := next(t, w)
 		return e.Type == watch.Bookmark && e.Object.(*corev1.Pod).ResourceVersion == fmt.Sprint(r.store.RV())
 	})
 }
 
-func lease(t testing.TB, r *rig) {
+func writeLease(t testing.TB, r *rig) {
 	t.Helper()
 	if err := r.store.Local(t.Context(), func(tx *store.Tx) error {
 		_, err := tx.Put(store.Key{Resource: "leases", Namespace: "kube-node-lease", Name: node}, "ul", []byte(`{}`))
