@@ -8,9 +8,9 @@
 // every pod running, for the next process to take over.
 //
 // On the host it changes what every kubelet changes: it makes cgroups below
-// Config.CgroupRoot, mounts pods' volumes, writes iptables chains of its own
-// (KUBE-*), and sets vm.overcommit_memory, vm.panic_on_oom, kernel.panic,
-// kernel.panic_on_oops and the limits of kernel keys.
+// Config.CgroupRoot, mounts pods' volumes, and sets vm.overcommit_memory,
+// vm.panic_on_oom, kernel.panic, kernel.panic_on_oops and the limits of kernel
+// keys. It writes no iptables rules unless the overlay asks for them.
 //
 // # One process, once
 //

@@ -166,7 +166,7 @@ func checkTools(look func(string) (string, error), iptables bool) []Finding {
 		}
 	}
 	if _, err := look("iptables"); iptables && err != nil {
-		findings = append(findings, Finding{Warning, "iptables", "the program is not in PATH, so hostPort does not work and addresses of the loopback network are not guarded", "install iptables, or set makeIPTablesUtilChains: false in kubelet.config"})
+		findings = append(findings, Finding{Warning, "iptables", "the program is not in PATH, and makeIPTablesUtilChains is set", "install iptables, or remove makeIPTablesUtilChains from kubelet.config"})
 	}
 	return findings
 }

@@ -91,7 +91,7 @@ func TestCheckTools(t *testing.T) {
 	}
 	wants(t, checkTools(have("mount", "umount", "iptables"), true), "", "", "", "")
 	wants(t, checkTools(have("mount", "iptables"), true), Error, "umount", "no volume can be mounted", "util-linux")
-	wants(t, checkTools(have("mount", "umount"), true), Warning, "iptables", "hostPort", "install iptables")
+	wants(t, checkTools(have("mount", "umount"), true), Warning, "iptables", "makeIPTablesUtilChains", "install iptables")
 	wants(t, checkTools(have("mount", "umount"), false), "", "", "", "")
 }
 

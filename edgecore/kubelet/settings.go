@@ -124,6 +124,11 @@ func (c *Config) base() *kubeletconfigv1beta1.KubeletConfiguration {
 		ImageGCLowThresholdPercent:  ptr.To[int32](85),
 
 		LocalStorageCapacityIsolation: ptr.To(true),
+
+		// The chains guard 127.0.0.0/8 where kube-proxy has opened it to
+		// others (route_localnet). No kube-proxy runs here, and an edge node
+		// need not have iptables.
+		MakeIPTablesUtilChains: ptr.To(false),
 	}
 	kc.Authentication.Anonymous.Enabled = ptr.To(false)
 	// Webhooks ask the API server about every request; offline there is none.
