@@ -55,9 +55,23 @@ func newPatch(kind types.PatchType, patch []byte, schema any) (func(body []byte)
 		return nil, errors.New("the patch is not a JSON object: null")
 	}
 	if kind == types.MergePatchType {
-		return func(body []byte) ([]byte, error) { return jsonpatch.MergePatch(body, patch) }, nil
+		return contained(func(body []byte) ([]byte, error) { return jsonpatch.MergePatch(body, patch) }), nil
 	}
-	return func(body []byte) ([]byte, error) { return strategicpatch.StrategicMergePatch(body, patch, schema) }, nil
+	return contained(func(body []byte) ([]byte, error) { return strategicpatch.StrategicMergePatch(body, patch, schema) }), nil
+}
+
+// contained turns a panic over a senseless patch into an error: the JSON patch
+// library does not check all it is given (an operation without a value, say),
+// and a client's mistake must not end the node's agent.
+func contained(apply func(body []byte) ([]byte, error)) func(body []byte) ([]byte, error) {
+	return func(body []byte) (out []byte, err error) {
+		defer func() {
+			if p := recover(); p != nil {
+				err = fmt.Errorf("it is malformed: %v", p)
+			}
+		}()
+		return apply(body)
+	}
 }
 
 func newJSONPatch(patch []byte) (func(body []byte) ([]byte, error), error) {
@@ -74,7 +88,7 @@ func newJSONPatch(patch []byte) (func(body []byte) ([]byte, error), error) {
 			return nil, errors.New("copy operations are not supported in a JSON patch here")
 		}
 	}
-	return ops.Apply, nil
+	return contained(ops.Apply), nil
 }
 
 func unprocessable(err error) metav1.Status {
