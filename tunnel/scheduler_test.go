@@ -219,3 +219,30 @@ func TestFinInAnyRoom(t *testing.T) {
 		st.Close()
 	}
 }
+
+// A stream that waited long with much to send has not become one that sends
+// little.
+func TestWaitingIsNotIdling(t *testing.T) {
+	s := newIdleSession()
+	bulk := s.testStream(ClassStream, plenty)
+	schedule(s, plenty/2)
+	s.base = s.base.Add(-time.Minute) // a minute of waiting passes
+	if st, _ := s.pickLocked(MaxMessage); st != bulk || st.listed != inRest {
+		t.Fatal("bulk is not where it was")
+	}
+	s.out.pace = pacer{minRTT: time.Second, rate: 1000} // so slow that this test's own time does not count
+	next := bulk.pend
+	bulk.pend = nil
+	s.pickLocked(MaxMessage) // finds it empty
+	bulk.pend = next
+	if s.activateLocked(bulk); bulk.listed != inRest {
+		t.Error("bulk goes first after a pause of nothing")
+	}
+	bulk.pend = nil
+	s.pickLocked(MaxMessage)
+	s.base = s.base.Add(-time.Minute) // this minute it is idle
+	bulk.pend = make([]byte, 10)
+	if s.activateLocked(bulk); bulk.listed != inFresh {
+		t.Error("after a minute of silence it does not go first")
+	}
+}

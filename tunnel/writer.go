@@ -98,8 +98,9 @@ func (st *Stream) sendableLocked() bool {
 
 // activateLocked puts a stream that has something to send in its list. As in
 // RFC 8290, those that send little go first, which favours keystrokes without
-// anybody labelling them. What is little is a token bucket's matter: a stream
-// has nothing to send between two Writes, so that alone does not say much.
+// anybody labelling them. What is little is a token bucket's matter, filled
+// while the stream has nothing to send: it has nothing between two Writes
+// either, so that this alone does not say much.
 func (s *Session) activateLocked(st *Stream) {
 	if st.listed != unlisted || !st.sendableLocked() || s.err != nil {
 		return
@@ -111,7 +112,6 @@ func (s *Session) activateLocked(st *Stream) {
 	}
 	now := s.now()
 	st.tokens = min(quantum, st.tokens+int(float64(now-st.tokensAt)*s.sparseRate()/float64(time.Second)))
-	st.tokensAt = now
 	if st.tokens >= quantum/8 {
 		st.listed = inFresh
 		s.out.fresh.push(st)
@@ -363,7 +363,7 @@ func (s *Session) pickLocked(bulk int) (*Stream, int) {
 		switch {
 		case !st.sendableLocked():
 			q.pop()
-			st.listed = unlisted
+			st.listed, st.tokensAt = unlisted, s.now()
 		case st.listed == inFresh && st.tokens > 0:
 			return st, st.tokens
 		case st.listed == inFresh:
