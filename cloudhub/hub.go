@@ -38,6 +38,10 @@ const (
 	// tunnelPath is where edge nodes open their tunnel.
 	tunnelPath = "/v1/tunnel"
 
+	// windowMemory bounds what all tunnels together may have in receive
+	// windows beyond their first 64 KiB each.
+	windowMemory = 256 << 20
+
 	// kubeletPort is what Nodes publish; the hub is behind it, and dials a
 	// stream, not a port.
 	kubeletPort = 10250
@@ -89,7 +93,7 @@ func runHub(ctx context.Context, cfg hubConfig) error {
 	}
 	e, err = edges.New(edges.Config{
 		Registry: registry, Feed: objects, Upstream: writer, Client: client,
-		Tunnel: tunnel.Config{Log: cfg.Log}, Log: cfg.Log,
+		Tunnel: tunnel.Config{Log: cfg.Log, Memory: tunnel.NewMemory(windowMemory)}, Log: cfg.Log,
 	})
 	if err != nil {
 		return err
@@ -108,9 +112,12 @@ func runHub(ctx context.Context, cfg hubConfig) error {
 	mux.Handle("POST "+edgeapi.RenewPath, registry.RenewHandler())
 	mux.Handle("GET "+tunnelPath, e)
 	mux.Handle("GET /metrics", exposition)
+	tlsConfig := registry.ServerTLS()
+	// The tunnel's messages are records already; small ones only cost.
+	tlsConfig.DynamicRecordSizingDisabled = true
 	srv := &http.Server{
 		Handler:           mux,
-		TLSConfig:         registry.ServerTLS(),
+		TLSConfig:         tlsConfig,
 		TLSNextProto:      map[string]func(*http.Server, *tls.Conn, http.Handler){}, // no HTTP/2: a WebSocket takes an HTTP/1.1 connection over
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       time.Minute,

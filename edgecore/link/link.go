@@ -134,7 +134,7 @@ func (l *Link) serve(ctx context.Context, s *tunnel.Session) error {
 	if cause := s.Err(); cause != nil && errors.Is(err, context.Canceled) {
 		err = cause
 	}
-	l.disconnected(err)
+	l.disconnected(s, err)
 	return err
 }
 
@@ -208,9 +208,12 @@ func (l *Link) connected(s *tunnel.Session) {
 	l.log.Info("connected to the hub", "url", l.cfg.Dialer.URL)
 }
 
-func (l *Link) disconnected(err error) {
+func (l *Link) disconnected(s *tunnel.Session, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.session != s {
+		return // it was drained: the next one serves already
+	}
 	l.session = nil
 	l.state.Connected, l.state.Since = false, time.Now()
 	if err != nil {
