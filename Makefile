@@ -27,7 +27,8 @@ LDFLAGS       = -s -w -X main.version=$(VERSION) $(KUBE_STAMP)
 GO_TEST  := go test -p 1 -timeout 40m
 UNIT      = $$(go list ./... | grep -v -e /e2e -e /deploy)
 SYSTEM   := ./e2e/... ./deploy/...
-BENCH    ?= .
+BENCH      ?= .
+BENCH_ARGS ?=
 FUZZTIME ?= 10s
 PLATFORMS := amd64 arm64 armv7
 
@@ -63,8 +64,18 @@ vet lint: ## Check format and go vet
 	go vet ./...
 
 .PHONY: bench
-bench: ## Run the benchmarks (BENCH=regexp)
+bench: deps build bin/kubelet ## Measure the whole system beside a plain kubelet: one table (needs root; BENCH_ARGS='-only pods')
+	@go build -o bin/bench ./e2e/bench
+	@bin/bench -kubelet bin/kubelet $(BENCH_ARGS)
+
+.PHONY: bench-go
+bench-go: ## Run the packages' own benchmarks (BENCH=regexp)
 	go test -p 1 -run '^$$' -bench '$(BENCH)' -benchmem -timeout 60m ./...
+
+# The upstream kubelet as it comes, to compare with.
+.PHONY: bin/kubelet
+bin/kubelet:
+	@deploy/build.sh $@ '$(LDFLAGS)' k8s.io/kubernetes/cmd/kubelet
 
 .PHONY: fuzz-short
 fuzz-short: ## Run every fuzz test for FUZZTIME (10s)

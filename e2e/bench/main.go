@@ -27,12 +27,19 @@ func main() {
 	machine.Main()
 	runs := flag.Int("runs", 5, "repetitions of what is repeated; the median is shown")
 	only := flag.String("only", "", "comma-separated parts: boot,demo,pods,logs,cost,size (default all)")
-	kubelet := flag.String("kubelet", "", "a plain upstream kubelet to compare with; made by make bench")
+	kubelet := flag.String("kubelet", "", "a plain upstream kubelet to compare with; make bench builds one")
 	settle := flag.Duration("settle", 60*time.Second, "idle time over which memory and processor are read")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
 	b := &bench{runs: *runs, settle: *settle, kubelet: *kubelet}
+	if b.kubelet != "" {
+		var err error
+		if b.kubelet, err = filepath.Abs(b.kubelet); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+	}
 	if err := b.run(ctx, *only); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
