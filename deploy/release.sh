@@ -29,7 +29,9 @@ for platform in "$@"; do
   for text in README.md CHANGELOG.md; do
     if [[ -f $text ]]; then cp "$text" "$dir/"; fi
   done
-  cp -r deploy/systemd deploy/config "$dir/"
+  mkdir "$dir/systemd" "$dir/config"
+  cp deploy/systemd/*.service "$dir/systemd/"
+  cp deploy/config/*.yaml "$dir/config/"
   tar --create --sort=name --mtime="@$epoch" --owner=0 --group=0 --numeric-owner --mode=u+rwX,go+rX,go-w \
     --directory "$work" "$name" | gzip -n -9 >"dist/$name.tar.gz"
   rm -rf "$dir"
