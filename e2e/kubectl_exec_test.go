@@ -17,6 +17,7 @@ import (
 )
 
 func TestExec(t *testing.T) {
+	t.Parallel()
 	ns := apply(t, toolsPod("tools", "edge-1"))
 	ready(t, ns, "tools")
 	for name, env := range protocols {
@@ -104,6 +105,7 @@ func TestExec(t *testing.T) {
 }
 
 func TestCopy(t *testing.T) {
+	t.Parallel()
 	ns := apply(t, toolsPod("tools", "edge-2"))
 	ready(t, ns, "tools")
 	for name, env := range protocols {
@@ -191,6 +193,7 @@ func files(t *testing.T, dir string) map[string]string {
 // A container is put into a running pod, which sees the processes of another
 // one there.
 func TestDebug(t *testing.T) {
+	t.Parallel()
 	ns := apply(t, web)
 	ready(t, ns, "web")
 	kubectl(t, "debug", "-n", ns, "web", "--image=localhost/skerry/demo:1", "--container=visitor", "--target=web",

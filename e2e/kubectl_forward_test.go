@@ -45,6 +45,7 @@ spec:
 var forwarding = regexp.MustCompile(`Forwarding from (127\.0\.0\.1:\d+) -> (\d+)`)
 
 func TestPortForward(t *testing.T) {
+	t.Parallel()
 	ns := apply(t, webDeployment)
 	var pod string
 	eventually(t, time.Minute, "the deployment's pod to be Ready", func(ctx context.Context) (bool, string) {

@@ -67,6 +67,7 @@ func ticks(t *testing.T, text string) []tick {
 func lineCount(text string) int { return strings.Count(text, "\n") }
 
 func TestLogs(t *testing.T) {
+	t.Parallel()
 	ns := apply(t, talker)
 	awaitPod(t, ns, "talker", time.Minute, "to have printed", containerEnded("printer"))
 	whole := printed(1)
@@ -246,6 +247,7 @@ spec:
 // attach feeds it, and its logs are those of the run before once it runs
 // again.
 func TestAttachAndLogsOfTheRunBefore(t *testing.T) {
+	t.Parallel()
 	for name, env := range protocols {
 		t.Run(name, func(t *testing.T) {
 			ns := apply(t, parrot)

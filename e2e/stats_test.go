@@ -22,6 +22,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	statsv1alpha1 "k8s.io/kubelet/pkg/apis/stats/v1alpha1"
+	metricsv1beta1 "k8s.io/metrics/pkg/apis/metrics/v1beta1"
 
 	"github.com/skerry-io/skerry/e2e/cluster"
 )
@@ -53,6 +54,7 @@ var unified = func() bool {
 }()
 
 func TestKubeletEndpoints(t *testing.T) {
+	t.Parallel()
 	ns := apply(t, measured)
 	pod := ready(t, ns, "measured")
 	const text = "text/plain; version=0.0.4"
@@ -138,15 +140,11 @@ func TestKubeletEndpoints(t *testing.T) {
 // TestFiguresAreTrue compares what the kubelet's summary and kubectl top say
 // with the kernel's own files.
 func TestFiguresAreTrue(t *testing.T) {
+	t.Parallel()
 	const hoarded = 64 << 20
 	ns := apply(t, measured)
 	pod := ready(t, ns, "measured")
 	node := world.nodes[0]
-	r := kubectlStart(t, nil, strings.NewReader(strings.Repeat("x", hoarded)), "exec", "-i", "-n", ns, "measured", "-c", "hoard", "--", "/bin/demo", "write", "/memory/hoard")
-	if code := r.wait(t, time.Minute); code != 0 {
-		t.Fatalf("exit %d: %s", code, r.stderr.tail())
-	}
-
 	// While it works, top sees it working.
 	work, rest := context.WithCancel(t.Context())
 	defer rest()
@@ -161,19 +159,34 @@ func TestFiguresAreTrue(t *testing.T) {
 		}
 		worked <- nil
 	}()
+	r := kubectlStart(t, nil, strings.NewReader(strings.Repeat("x", hoarded)), "exec", "-i", "-n", ns, "measured", "-c", "hoard", "--", "/bin/demo", "write", "/memory/hoard")
+	if code := r.wait(t, time.Minute); code != 0 {
+		t.Fatalf("exit %d: %s", code, r.stderr.tail())
+	}
 	t.Run("top pods", func(t *testing.T) {
-		eventually(t, time.Minute, "kubectl top to see the work", func(context.Context) (bool, string) {
-			rows, said := top(t, "pods", "-n", ns, "--containers")
-			web, hoard := rows["measured/web"], rows["measured/hoard"]
-			if web == nil || hoard == nil {
-				return false, said
+		// A burner gets a tenth of a CPU at least on any host this runs on.
+		seen := func(web, hoard corev1.ResourceList) bool {
+			return web.Cpu().MilliValue() >= 100 && hoard.Cpu().MilliValue() < 100 &&
+				hoard.Memory().Value() >= hoarded && hoard.Memory().Value() < hoarded+32<<20
+		}
+		eventually(t, time.Minute, "the metrics API to see the work", func(context.Context) (bool, string) {
+			var m metricsv1beta1.PodMetrics
+			a := request(t, http.MethodGet, "/apis/metrics.k8s.io/v1beta1/namespaces/"+ns+"/pods/measured")
+			if err := json.Unmarshal(a.body, &m); err != nil {
+				t.Fatal(err)
 			}
-			// A burner gets a tenth of a CPU at least on any host this runs on.
-			mem := hoard.memory.Value()
-			return web.cpu.MilliValue() >= 100 && hoard.cpu.MilliValue() < 100 && mem >= hoarded && mem < hoarded+32<<20, said
+			usage := map[string]corev1.ResourceList{}
+			for _, c := range m.Containers {
+				usage[c.Name] = c.Usage
+			}
+			return seen(usage["web"], usage["hoard"]), string(a.body)
 		})
+		byContainer, said := top(t, "pods", "-n", ns, "--containers")
+		if web, hoard := byContainer["measured/web"], byContainer["measured/hoard"]; !seen(web, hoard) {
+			t.Errorf("%s", said)
+		}
 		rows, said := top(t, "pods", "-n", ns)
-		if one := rows["measured"]; one == nil || one.memory.Value() < hoarded {
+		if one := rows["measured"]; one.Memory().Value() < hoarded {
 			t.Errorf("without --containers: %s", said)
 		}
 	})
@@ -191,7 +204,7 @@ func TestFiguresAreTrue(t *testing.T) {
 				continue
 			}
 			total := memoryTotal(t)
-			if mem := uint64(row.memory.Value()); mem == 0 || mem > total || row.cpu.MilliValue() <= 0 {
+			if mem := uint64(row.Memory().Value()); mem == 0 || mem > total || row.Cpu().MilliValue() <= 0 {
 				t.Errorf("%s of %d: %s", n.Name(), total, said)
 			}
 		}
@@ -202,15 +215,19 @@ func TestFiguresAreTrue(t *testing.T) {
 	// truth and not about. What goes up and down is read all the time
 	// meanwhile, and must lie in the range seen.
 	web, hoard := containerStatus(pod, "web"), containerStatus(pod, "hoard")
+	podProc := procOf(t, containerCgroup(t, node, pod, web, "cpuacct"))
+	nodeProc := filepath.Dir(node.Path("/")) // /proc/PID/root
 	readings := func() map[string]float64 {
+		podReceived, podSent := counters(t, podProc)
+		nodeReceived, nodeSent := counters(t, nodeProc)
 		return map[string]float64{
 			"node CPU":  cpuUsage(t, ""),
 			"pod CPU":   cpuUsage(t, podCgroup(t, node, pod, "cpuacct")),
 			"web CPU":   cpuUsage(t, containerCgroup(t, node, pod, web, "cpuacct")),
-			"pod rx":    interfaceCounter(t, ns, "rx_bytes"),
-			"pod tx":    interfaceCounter(t, ns, "tx_bytes"),
-			"node rx":   nodeCounter(t, node, "rx_bytes"),
-			"node tx":   nodeCounter(t, node, "tx_bytes"),
+			"pod rx":    podReceived,
+			"pod tx":    podSent,
+			"node rx":   nodeReceived,
+			"node tx":   nodeSent,
 			"node mem":  workingSet(t, ""),
 			"pod mem":   workingSet(t, podCgroup(t, node, pod, "memory")),
 			"hoard mem": workingSet(t, containerCgroup(t, node, pod, hoard, "memory")),
@@ -288,13 +305,11 @@ func TestFiguresAreTrue(t *testing.T) {
 	}
 }
 
-type row struct{ cpu, memory resource.Quantity }
-
 // top parses kubectl top, by the row's name or "pod/container".
-func top(t *testing.T, args ...string) (map[string]*row, string) {
+func top(t *testing.T, args ...string) (map[string]corev1.ResourceList, string) {
 	t.Helper()
 	res := kubectlAny(t, "", append([]string{"top"}, args...)...)
-	rows := map[string]*row{}
+	rows := map[string]corev1.ResourceList{}
 	for i, line := range strings.Split(strings.TrimSpace(res.Stdout), "\n") {
 		f := strings.Fields(line)
 		if i == 0 || len(f) < 3 {
@@ -319,7 +334,7 @@ func top(t *testing.T, args ...string) (map[string]*row, string) {
 		if err != nil {
 			continue
 		}
-		rows[name] = &row{cpu, memory}
+		rows[name] = corev1.ResourceList{corev1.ResourceCPU: cpu, corev1.ResourceMemory: memory}
 	}
 	return rows, res.Stdout + res.Stderr
 }
@@ -468,19 +483,32 @@ func cpus(t *testing.T) int {
 	return strings.Count("\n"+string(b), "\nprocessor")
 }
 
-// interfaceCounter reads the pod's interface from inside.
-func interfaceCounter(t *testing.T, ns, name string) float64 {
+// counters returns what the kernel counted on eth0 of a process's network.
+func counters(t *testing.T, proc string) (received, sent float64) {
 	t.Helper()
-	return parse(t, kubectl(t, "exec", "-n", ns, "measured", "-c", "web", "--", "/bin/cat", "/sys/class/net/eth0/statistics/"+name))
+	b, err := os.ReadFile(filepath.Join(proc, "net/dev"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if rest, ok := strings.CutPrefix(strings.TrimSpace(line), "eth0:"); ok {
+			f := strings.Fields(rest)
+			return parse(t, f[0]), parse(t, f[8])
+		}
+	}
+	t.Fatalf("no eth0 in %s", b)
+	return 0, 0
 }
 
-func nodeCounter(t *testing.T, n *cluster.Node, name string) float64 {
+// procOf returns /proc/PID of the container's first process.
+func procOf(t *testing.T, cgroup string) string {
 	t.Helper()
-	res, err := n.Command(t.Context(), nil, "/bin/cat", "/sys/class/net/eth0/statistics/"+name)
-	if err != nil || res.Code != 0 {
-		t.Fatalf("%v %s", err, res.Stderr)
+	b, err := os.ReadFile(filepath.Join(cgroup, "cgroup.procs"))
+	if err != nil {
+		t.Fatal(err)
 	}
-	return parse(t, res.Stdout)
+	pid, _, _ := strings.Cut(string(b), "\n")
+	return "/proc/" + pid
 }
 
 func statfs(t *testing.T, n *cluster.Node) syscall.Statfs_t {
