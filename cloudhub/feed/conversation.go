@@ -83,9 +83,14 @@ func (f *Feed) Serve(ctx context.Context, node string, stream io.ReadWriteCloser
 	g, ctx := errgroup.WithContext(ctx)
 	// Whichever part fails, the reader's wait for the node must end too.
 	defer context.AfterFunc(ctx, func() { stream.Close() })()
-	writes := make(chan edgeapi.Write, writeQueue)
-	g.Go(func() error { defer close(writes); return c.read(ctx, writes) })
-	g.Go(func() error { return c.write(ctx, w, writes) })
+	states, events := make(chan edgeapi.Write, writeQueue), make(chan edgeapi.Write, writeQueue)
+	g.Go(func() error {
+		defer close(states)
+		defer close(events)
+		return c.read(ctx, states, events)
+	})
+	g.Go(func() error { return c.write(ctx, w, states) })
+	g.Go(func() error { return c.write(ctx, w, events) })
 	g.Go(func() error { return c.send(ctx) })
 	if err := g.Wait(); !errors.Is(err, io.EOF) {
 		return err
@@ -179,7 +184,9 @@ func (c *conversation) take() map[edgeapi.Ref]struct{} {
 	return d
 }
 
-func (c *conversation) read(ctx context.Context, writes chan<- edgeapi.Write) error {
+// read sorts what the node sends. Events are done beside the rest: a burst of
+// them must not hold up a status.
+func (c *conversation) read(ctx context.Context, states, events chan<- edgeapi.Write) error {
 	for {
 		m, err := c.conn.Receive()
 		if err != nil {
@@ -193,8 +200,12 @@ func (c *conversation) read(ctx context.Context, writes chan<- edgeapi.Write) er
 				return ctx.Err()
 			}
 		case edgeapi.Write:
+			queue := states
+			if m.Op == edgeapi.OpEvent {
+				queue = events
+			}
 			select {
-			case writes <- m:
+			case queue <- m:
 			case <-ctx.Done():
 				return ctx.Err()
 			}
@@ -204,7 +215,8 @@ func (c *conversation) read(ctx context.Context, writes chan<- edgeapi.Write) er
 	}
 }
 
-// write does the node's writes one after the other: their order is the node's.
+// write does the node's writes of one queue one after the other: their order
+// is the node's.
 func (c *conversation) write(ctx context.Context, w Writer, writes <-chan edgeapi.Write) error {
 	for m := range writes {
 		if ctx.Err() != nil {

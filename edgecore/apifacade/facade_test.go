@@ -180,7 +180,7 @@ func outbox(t testing.TB, s *store.Store) []store.Pending {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
-	p, err := s.Outbox().Next(ctx)
+	p, err := s.Outbox().Next(ctx, store.LaneAll)
 	if err != nil {
 		t.Fatal(err)
 	}

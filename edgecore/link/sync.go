@@ -3,6 +3,7 @@ package link
 import (
 	"context"
 	"fmt"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -12,9 +13,55 @@ import (
 	"github.com/skerry-io/skerry/tunnel/edgeapi"
 )
 
-// writesInFlight bounds the writes that wait for the API server's answer. An
-// object in flight is not sent again before its answer.
-const writesInFlight = 16
+// statesInFlight and eventsInFlight bound the writes that wait for the API
+// server's answer. An object in flight is not sent again before its answer.
+// Events have a window of their own, so that a burst of them holds up no
+// status.
+const (
+	statesInFlight = 16
+	eventsInFlight = 8
+)
+
+// inFlight counts the writes of one conversation by the window they take up.
+type inFlight struct {
+	states, events chan struct{}
+
+	mu sync.Mutex
+	by map[uint64]chan struct{} // write ID to its window
+}
+
+func newInFlight() *inFlight {
+	return &inFlight{
+		states: make(chan struct{}, statesInFlight),
+		events: make(chan struct{}, eventsInFlight),
+		by:     map[uint64]chan struct{}{},
+	}
+}
+
+// take waits for room in the window.
+func (f *inFlight) take(ctx context.Context, window chan struct{}, id uint64) error {
+	select {
+	case window <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.by[id] = window
+	return nil
+}
+
+// give makes room; false if no such write is in flight.
+func (f *inFlight) give(id uint64) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	window, ok := f.by[id]
+	if ok {
+		delete(f.by, id)
+		<-window
+	}
+	return ok
+}
 
 // sync holds the sync conversation (see edgeapi) until the tunnel ends.
 func (l *Link) sync(ctx context.Context, s *tunnel.Session) error {
@@ -34,19 +81,23 @@ func (l *Link) sync(ctx context.Context, s *tunnel.Session) error {
 	g, ctx := errgroup.WithContext(ctx)
 	// Whichever part fails, the other's wait for the hub must end too.
 	defer context.AfterFunc(ctx, func() { st.Reset(tunnel.CodeCancelled) })()
-	slots := make(chan struct{}, writesInFlight)
+	flight := newInFlight()
 	synced := make(chan struct{})
-	g.Go(func() error { return l.receive(ctx, conn, slots, synced) })
-	g.Go(func() error {
-		// Writes wait for the hub's differences: a pod that was deleted while
-		// the node was away need not be reported first.
-		select {
-		case <-synced:
-		case <-ctx.Done():
-			return ctx.Err()
+	g.Go(func() error { return l.receive(ctx, conn, flight, synced) })
+	send := func(lane store.Lane, window chan struct{}) func() error {
+		return func() error {
+			// Writes wait for the hub's differences: a pod that was deleted
+			// while the node was away need not be reported first.
+			select {
+			case <-synced:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+			return l.send(ctx, conn, lane, flight, window)
 		}
-		return l.send(ctx, conn, slots)
-	})
+	}
+	g.Go(send(store.LaneState, flight.states))
+	g.Go(send(store.LaneEvents, flight.events))
 	defer func() {
 		rawOut, wireOut, rawIn, wireIn := conn.Bytes()
 		l.mu.Lock()
@@ -110,7 +161,7 @@ type goodbyeError struct{ m edgeapi.Goodbye }
 func (e *goodbyeError) Error() string { return "the hub refuses this node: " + e.m.Message }
 
 // receive commits deltas and takes results until the stream ends.
-func (l *Link) receive(ctx context.Context, conn *edgeapi.Conn, slots <-chan struct{}, synced chan<- struct{}) error {
+func (l *Link) receive(ctx context.Context, conn *edgeapi.Conn, flight *inFlight, synced chan<- struct{}) error {
 	for {
 		m, err := conn.Receive()
 		if err != nil {
@@ -132,9 +183,7 @@ func (l *Link) receive(ctx context.Context, conn *edgeapi.Conn, slots <-chan str
 				synced = nil
 			}
 		case edgeapi.WriteResult:
-			select {
-			case <-slots:
-			default:
+			if !flight.give(m.ID) {
 				return fmt.Errorf("result of write %d that was not sent", m.ID)
 			}
 			l.result(m)
@@ -197,21 +246,19 @@ func (l *Link) assertStatuses(ctx context.Context) {
 	}
 }
 
-// send sends the outbox, in its order.
-func (l *Link) send(ctx context.Context, conn *edgeapi.Conn, slots chan<- struct{}) error {
+// send sends a lane of the outbox, in its order.
+func (l *Link) send(ctx context.Context, conn *edgeapi.Conn, lane store.Lane, flight *inFlight, window chan struct{}) error {
 	for {
-		batch, err := l.cfg.Store.Outbox().Next(ctx)
+		batch, err := l.cfg.Store.Outbox().Next(ctx, lane)
 		if err != nil {
 			return err
 		}
 		for _, p := range batch {
-			select {
-			case slots <- struct{}{}:
-			case <-ctx.Done():
-				return ctx.Err()
+			if err := flight.take(ctx, window, p.ID); err != nil {
+				return err
 			}
 			uid := p.UID
-			if o, ok := l.cfg.Store.Get(p.Key); ok && o.Local() {
+			if o, ok := l.cfg.Store.Get(p.Key); ok && o.UID == uid && o.Local() {
 				uid = "" // made here: the cloud has given another one, or will
 			}
 			err := conn.Send(edgeapi.Write{

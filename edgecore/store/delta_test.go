@@ -253,7 +253,7 @@ func TestDeletedHereIsNotBroughtBack(t *testing.T) {
 		}
 		// The last status is told before the end, even after a restart.
 		same(t, "outbox", pendingOps(t, s), "status a u1", "delete a u1")
-		p, err := s.outbox.Next(t.Context())
+		p, err := s.outbox.Next(t.Context(), LaneAll)
 		if err != nil || at(t, p[0].Body, "status", "phase") != "Succeeded" {
 			t.Fatalf("last status: %v %+v", err, p)
 		}
@@ -316,7 +316,7 @@ func TestNodeMerge(t *testing.T) {
 	same(t, "outbox", pendingOps(t, s), "status n1 cloud", "update n1 cloud")
 	var ids []uint64
 	for s.outbox.Depth() > 0 {
-		pend, err := s.outbox.Next(t.Context())
+		pend, err := s.outbox.Next(t.Context(), LaneAll)
 		if err != nil {
 			t.Fatal(err)
 		}

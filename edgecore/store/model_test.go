@@ -84,7 +84,7 @@ func runModel(t *testing.T, rng *rand.Rand, steps int) {
 			apply(t, s, Delta{Deletions: []Deletion{{k, m.parked[name]}}})
 			delete(m.parked, name)
 		case op < 88: // the link takes some
-			batch, _, _ := s.outbox.take(time.Now())
+			batch, _, _ := s.outbox.take(time.Now(), LaneAll)
 			out = append(out, batch...)
 		case op < 95 && len(out) > 0: // the hub answers
 			p := out[0]

@@ -105,11 +105,22 @@ func (o *Outbox) init(s *Store) {
 	o.wake = make(chan struct{})
 }
 
-// Next waits until something is to be sent and hands it out, at most 64 entries
-// at a time. Each must be answered with Done or Retry, or all with Release.
-func (o *Outbox) Next(ctx context.Context) ([]Pending, error) {
+// Lane is a part of the outbox that can be sent by itself: Events wait for
+// nothing and nothing waits for them.
+type Lane uint8
+
+const (
+	LaneState Lane = 1 << iota // all that is not an Event
+	LaneEvents
+	LaneAll = LaneState | LaneEvents
+)
+
+// Next waits until something of the lane is to be sent and hands it out, at
+// most 64 entries at a time. Each must be answered with Done or Retry, or all
+// with Release.
+func (o *Outbox) Next(ctx context.Context, lane Lane) ([]Pending, error) {
 	for {
-		out, wake, wait := o.take(time.Now())
+		out, wake, wait := o.take(time.Now(), lane)
 		if len(out) > 0 {
 			return out, nil
 		}
@@ -136,12 +147,15 @@ func (o *Outbox) Next(ctx context.Context) ([]Pending, error) {
 	}
 }
 
-func (o *Outbox) take(now time.Time) (out []Pending, wake <-chan struct{}, wait time.Duration) {
+func (o *Outbox) take(now time.Time, lane Lane) (out []Pending, wake <-chan struct{}, wait time.Duration) {
 	o.s.mu.Lock()
 	defer o.s.mu.Unlock()
 	held := map[Key]bool{} // something earlier of this name must go first
 	var next *list.Element
 	for _, events := range []bool{false, true} {
+		if events && lane&LaneEvents == 0 || !events && lane&LaneState == 0 {
+			continue
+		}
 		for el := o.order.Front(); el != nil && len(out) < maxHandout; el = next {
 			next = el.Next()
 			e := el.Value.(*entry)

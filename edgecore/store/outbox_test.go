@@ -13,7 +13,7 @@ func mustNext(t testing.TB, s *Store) []Pending {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
-	p, err := s.Outbox().Next(ctx)
+	p, err := s.Outbox().Next(ctx, LaneAll)
 	if err != nil {
 		t.Fatalf("outbox: %v", err)
 	}
@@ -40,7 +40,7 @@ func TestOutboxCoalesces(t *testing.T) {
 	s.Outbox().Done(p[1].ID)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	if again, err := s.Outbox().Next(ctx); !errors.Is(err, context.DeadlineExceeded) {
+	if again, err := s.Outbox().Next(ctx, LaneAll); !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatalf("handed out twice: %+v %v", again, err)
 	}
 	s.Outbox().Done(p[0].ID)
@@ -97,9 +97,9 @@ func TestOutboxRetryBacksOff(t *testing.T) {
 	var waits []time.Duration
 	for range 12 {
 		s.Outbox().Retry(p[0].ID)
-		_, _, wait := s.outbox.take(time.Now())
+		_, _, wait := s.outbox.take(time.Now(), LaneAll)
 		waits = append(waits, wait.Round(time.Second))
-		p, _, _ = s.outbox.take(time.Now().Add(maxRetry + time.Second))
+		p, _, _ = s.outbox.take(time.Now().Add(maxRetry+time.Second), LaneAll)
 		if len(p) != 1 {
 			t.Fatal("not handed out after its wait")
 		}
@@ -109,7 +109,7 @@ func TestOutboxRetryBacksOff(t *testing.T) {
 	}
 	s.Outbox().Retry(p[0].ID)
 	s.Outbox().Release() // a new session tries at once
-	if p, _, _ := s.outbox.take(time.Now()); len(p) != 1 {
+	if p, _, _ := s.outbox.take(time.Now(), LaneAll); len(p) != 1 {
 		t.Error("not handed out in a new session")
 	}
 }
@@ -137,6 +137,18 @@ func TestOutboxEventsAreBounded(t *testing.T) {
 	}
 	upsertPod(t, s, "a", "u1", "1", "")
 	patchStatus(t, s, podKey("a"), `{"phase":"x"}`)
+	for lane, op := range map[Lane]Op{LaneState: OpStatus, LaneEvents: OpEvent} {
+		p, _, _ := s.outbox.take(time.Now(), lane)
+		for _, e := range p {
+			if e.Op != op {
+				t.Errorf("lane %d hands out %s", lane, e.Op)
+			}
+		}
+		if len(p) == 0 {
+			t.Errorf("lane %d is empty", lane)
+		}
+	}
+	s.outbox.Release()
 	if p := mustNext(t, s); p[0].Op != OpStatus || p[1].Key.Name != "e15" {
 		t.Errorf("events before status, or out of order: %+v", p[:2])
 	}
@@ -147,7 +159,7 @@ func TestOutboxNextWakes(t *testing.T) {
 	upsertPod(t, s, "a", "u1", "1", "")
 	got := make(chan []Pending)
 	go func() {
-		p, err := s.Outbox().Next(t.Context())
+		p, err := s.Outbox().Next(t.Context(), LaneAll)
 		if err != nil {
 			t.Error(err)
 		}
@@ -166,7 +178,7 @@ func TestNextWaitsOutTheBackoff(t *testing.T) {
 		s.outbox.insertLocked(e)
 		start := time.Now()
 		for range 3 {
-			p, err := s.Outbox().Next(t.Context())
+			p, err := s.Outbox().Next(t.Context(), LaneAll)
 			if err != nil {
 				t.Fatal(err)
 			}
