@@ -13,6 +13,7 @@ needs=(
   iptables                  iptables
   ip                        iproute2
   ps                        procps
+  docker-registry           docker-registry
 )
 
 missing=()

@@ -201,14 +201,18 @@ func await(ctx context.Context, within time.Duration, what string, cond func(ctx
 	defer cancel()
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
+	last := "nothing"
 	for {
 		ok, saw := cond(ctx)
 		if ok {
 			return nil
 		}
+		if ctx.Err() == nil { // else it saw no more than the end of the time
+			last = saw
+		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("waited %s for %s; saw: %s", within, what, saw)
+			return fmt.Errorf("waited %s for %s; saw: %s", within, what, last)
 		case <-tick.C:
 		}
 	}

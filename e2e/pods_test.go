@@ -378,7 +378,7 @@ func TestProbes(t *testing.T) {
 	startPod(t, ns, "killed", `
 nodeName: edge-1
 containers:
-- {name: http, args: [serve, --listen, ":8081"], livenessProbe: {httpGet: {path: /files?path=/missing, port: 8081}, periodSeconds: 1, failureThreshold: 1}}
+- {name: http, args: [serve, --listen, ":8081"], livenessProbe: {httpGet: {path: "/files?path=/missing", port: 8081}, periodSeconds: 1, failureThreshold: 1}}
 - {name: exec, args: [serve, --listen, ":8082"], livenessProbe: {exec: {command: [/bin/cat, /missing]}, periodSeconds: 1, failureThreshold: 1}}
 - {name: tcp, args: [serve, --listen, ":8083"], livenessProbe: {tcpSocket: {port: 9}, periodSeconds: 1, failureThreshold: 1}}
 - name: well
@@ -392,9 +392,9 @@ volumes: [{name: host, hostPath: {path: %s}}]
 containers:
 - name: c
   volumeMounts: [{name: host, mountPath: /host}]
-  startupProbe: {httpGet: {path: /files?path=/host/started, port: 8080}, periodSeconds: 1, failureThreshold: 600}
+  startupProbe: {httpGet: {path: "/files?path=/host/started", port: 8080}, periodSeconds: 1, failureThreshold: 600}
   livenessProbe: {exec: {command: [/bin/cat, /host/started]}, periodSeconds: 1, failureThreshold: 1}
-  readinessProbe: {httpGet: {path: /files?path=/host/ready, port: 8080}, periodSeconds: 1, failureThreshold: 1}`, dir.inside))
+  readinessProbe: {httpGet: {path: "/files?path=/host/ready", port: 8080}, periodSeconds: 1, failureThreshold: 1}`, dir.inside))
 
 	// Without the startup probe, liveness would kill it at once.
 	awaitEvent(t, ns, "slow", "Unhealthy", "Startup probe failed")
