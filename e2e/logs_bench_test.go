@@ -1,0 +1,154 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"hash"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+const benchLogMiB = 50
+
+// BenchmarkLogs is kubectl logs of 50 MiB in lines of 64 bytes, the start of
+// kubectl included. It gives the median of the runs (-benchtime 7x for seven)
+// and the CPU time that hub and node spend on one.
+func BenchmarkLogs(b *testing.B) {
+	ns := benchPod(b)
+	want := sha256.Sum256([]byte(printed(benchLogMiB)))
+	hub, edge := fmt.Sprint(world.hub.PID()), edgecorePID(b)
+	hubBefore, edgeBefore := cpuTime(b, hub), cpuTime(b, edge)
+	var took []time.Duration
+	b.SetBytes(benchLogMiB << 20)
+	for b.Loop() {
+		sum := &summing{Hash: sha256.New()}
+		cmd := world.hub.KubectlCommand(b.Context(), "logs", "-n", ns, "novel")
+		var stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = sum, &stderr
+		start := time.Now()
+		if err := cmd.Run(); err != nil {
+			b.Fatalf("%v: %s", err, stderr.String())
+		}
+		took = append(took, time.Since(start))
+		if !bytes.Equal(sum.Sum(nil), want[:]) {
+			b.Fatalf("%d bytes of %d, or others", sum.n, benchLogMiB<<20)
+		}
+	}
+	slices.Sort(took)
+	n := float64(len(took))
+	b.ReportMetric(benchLogMiB*1.048576/took[len(took)/2].Seconds(), "MB/s-median")
+	b.ReportMetric((cpuTime(b, hub)-hubBefore).Seconds()/n, "hub-CPU-s/op")
+	b.ReportMetric((cpuTime(b, edge)-edgeBefore).Seconds()/n, "edge-CPU-s/op")
+}
+
+// summing hashes and counts what is written to it.
+type summing struct {
+	hash.Hash
+	n int64
+}
+
+func (s *summing) Write(p []byte) (int, error) {
+	s.n += int64(len(p))
+	return s.Hash.Write(p)
+}
+
+// benchPod writes the log to be read and returns the pod's namespace.
+func benchPod(b *testing.B) string {
+	b.Helper()
+	ctx := context.Background()
+	ns, err := world.client.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: "b-"}}, metav1.CreateOptions{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	pods := world.client.CoreV1().Pods(ns.Name)
+	b.Cleanup(func() {
+		if err := world.client.CoreV1().Namespaces().Delete(ctx, ns.Name, metav1.DeleteOptions{}); err != nil {
+			b.Error(err)
+		}
+		err := await(ctx, time.Minute, "the pod's end", func(ctx context.Context) (bool, string) {
+			list, err := pods.List(ctx, metav1.ListOptions{})
+			return err == nil && len(list.Items) == 0, fmt.Sprint(err)
+		})
+		if err != nil {
+			b.Error(err)
+		}
+	})
+	err = await(ctx, time.Minute, "the pod to have written its log", func(ctx context.Context) (bool, string) {
+		p, err := pods.Get(ctx, "novel", metav1.GetOptions{})
+		if err == nil {
+			return succeeded(p), describe([]corev1.Pod{*p})
+		}
+		_, err = pods.Create(ctx, &corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Name: "novel"},
+			Spec: corev1.PodSpec{NodeName: "edge-1", RestartPolicy: corev1.RestartPolicyNever, Containers: []corev1.Container{{
+				Name: "novel", Image: "localhost/skerry/demo:1", Args: []string{"print", "--mib", fmt.Sprint(benchLogMiB)},
+			}}},
+		}, metav1.CreateOptions{})
+		return false, fmt.Sprint(err) // refused until the namespace has its service account
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	return ns.Name
+}
+
+// edgecorePID finds edgecore of the first node in the host's process table, by
+// its pid inside the machine and the machine's namespace.
+func edgecorePID(b *testing.B) string {
+	b.Helper()
+	node := world.nodes[0]
+	root := strings.TrimSuffix(node.Path("/"), "/")
+	space, err := os.Readlink(strings.TrimSuffix(root, "root") + "ns/pid")
+	if err != nil {
+		b.Fatal(err)
+	}
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		b.Fatal(err)
+	}
+	for _, e := range entries {
+		if of, err := os.Readlink("/proc/" + e.Name() + "/ns/pid"); err != nil || of != space {
+			continue
+		}
+		status, err := os.ReadFile("/proc/" + e.Name() + "/status")
+		if err != nil {
+			continue
+		}
+		for line := range strings.Lines(string(status)) {
+			if pids, ok := strings.CutPrefix(line, "NSpid:"); ok {
+				if f := strings.Fields(pids); f[len(f)-1] == fmt.Sprint(node.EdgecorePID()) {
+					return e.Name()
+				}
+			}
+		}
+	}
+	b.Fatal(errors.New("edgecore is not in /proc"))
+	return ""
+}
+
+// cpuTime returns what a process has used, at the kernel's 100 ticks a second.
+func cpuTime(b *testing.B, pid string) time.Duration {
+	b.Helper()
+	stat, err := os.ReadFile("/proc/" + pid + "/stat")
+	if err != nil {
+		b.Fatal(err)
+	}
+	f := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	var user, system int64
+	if _, err := fmt.Sscan(f[11], &user); err != nil {
+		b.Fatal(err)
+	}
+	if _, err := fmt.Sscan(f[12], &system); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(user+system) * 10 * time.Millisecond
+}
