@@ -1,0 +1,818 @@
+package e2e
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/types"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/skerry-io/skerry/e2e/cluster"
+	"github.com/skerry-io/skerry/e2e/machine"
+)
+
+var coldPods = flag.Int("cold-pods", 10, "how many pods the cold starts bring back")
+
+func TestColdStartWithoutACloud(t *testing.T) {
+	n := world.nodes[0]
+	ns, before := fleet(t, *coldPods)
+
+	restoreHub := withoutHub(t)
+	powerCycle(t, n)
+	eye := inspect(t, n)
+	started := time.Now()
+	if err := n.Run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	back := eye.awaitRunning(t, ns, len(before))
+	first, last := startTimes(t, eye, back)
+	t.Logf("%d pods without a cloud: first container started %.1f s after edgecore, last %.1f s (load %s)",
+		len(back), first.Sub(started).Seconds(), last.Sub(started).Seconds(), load(t))
+	for name, c := range back {
+		if c.uid != before[name].UID {
+			t.Errorf("%s has UID %s, before %s", name, c.uid, before[name].UID)
+		}
+		if c.restarts != 1 {
+			t.Errorf("%s: container says restart %d, want 1", name, c.restarts)
+		}
+		provided(t, eye, c)
+	}
+	if st, err := n.Status(t.Context()); err != nil || st.Connected {
+		t.Fatalf("not without a cloud: %+v %v", st, err)
+	}
+
+	cloudBack := restoreHub()
+	connected(t, n)
+	for name, c := range back {
+		p := ready(t, ns, name)
+		s := p.Status.ContainerStatuses[0]
+		if p.UID != c.uid || !strings.HasSuffix(s.ContainerID, c.id) || s.RestartCount != 1 {
+			t.Errorf("%s in the cloud is %s; on the node UID %s, container %s", name, podIdentity(p), c.uid, c.id)
+		}
+		if at := eye.status(t, c.id).StartedAt; s.State.Running == nil || s.State.Running.StartedAt.Unix() != at/int64(time.Second) {
+			t.Errorf("%s: started %s by containerd, state %+v in the cloud", name, time.Unix(0, at), s.State)
+		}
+		if s.LastTerminationState.Terminated == nil || s.LastTerminationState.Terminated.ContainerID != before[name].Status.ContainerStatuses[0].ContainerID {
+			t.Errorf("%s: last state %+v, before it ran %s", name, s.LastTerminationState, before[name].Status.ContainerStatuses[0].ContainerID)
+		}
+		for _, cond := range p.Status.Conditions {
+			if cond.Type == corev1.PodReady && (cond.LastTransitionTime.Time.Before(started.Truncate(time.Second)) || cond.LastTransitionTime.Time.After(cloudBack)) {
+				t.Errorf("%s became Ready at %s by its status; it was between %s and %s", name, cond.LastTransitionTime, started, cloudBack)
+			}
+		}
+		awaitEventBetween(t, ns, name, "SandboxChanged", started, cloudBack)
+	}
+	if now := eye.awaitRunning(t, ns, len(before)); !sameContainers(now, back) {
+		t.Errorf("containers changed with the cloud's return:\n%v\n%v", back, now)
+	}
+}
+
+// TestKilledInTheMiddleOfAColdStart also has no network at all: the cable is
+// out when edgecore starts.
+func TestKilledInTheMiddleOfAColdStart(t *testing.T) {
+	n := world.nodes[0]
+	ns, before := fleet(t, *coldPods)
+	powerCycle(t, n)
+	restoreLink := cut(t, n, machine.LinkDown)
+	eye := inspect(t, n)
+	for _, moment := range []struct {
+		name string
+		is   func(sandboxes int, containers int) bool
+	}{
+		{"the first sandbox", func(s, c int) bool { return s > 0 }},
+		{"the first container", func(s, c int) bool { return c > 0 }},
+		{"half of the containers", func(s, c int) bool { return c >= len(before)/2 }},
+		{"all but one", func(s, c int) bool { return c >= len(before)-1 }},
+	} {
+		if err := n.Run(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, time.Minute, moment.name, func(ctx context.Context) (bool, string) {
+			s, err := eye.sandboxes(ctx, ns)
+			if err != nil {
+				return false, err.Error()
+			}
+			c, err := eye.running(ctx, ns)
+			return err == nil && moment.is(len(s), len(c)), fmt.Sprintf("%d sandboxes, %d containers, %v", len(s), len(c), err)
+		})
+		if err := n.KillEdgecore(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := n.Run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	back := eye.awaitRunning(t, ns, len(before))
+	for name, c := range back {
+		if c.uid != before[name].UID {
+			t.Errorf("%s has UID %s, before %s", name, c.uid, before[name].UID)
+		}
+		provided(t, eye, c)
+	}
+	restoreLink()
+	connected(t, n)
+	for name, c := range back {
+		p := ready(t, ns, name)
+		s := p.Status.ContainerStatuses[0]
+		// A container that was made but not started when edgecore was killed
+		// counts, too.
+		if p.UID != c.uid || !strings.HasSuffix(s.ContainerID, c.id) || int(s.RestartCount) != c.restarts || c.restarts < 1 || c.restarts > 2 {
+			t.Errorf("%s in the cloud is %s; on the node UID %s, container %s, restarts %d", name, podIdentity(p), c.uid, c.id, c.restarts)
+		}
+	}
+	if now := eye.awaitRunning(t, ns, len(before)); !sameContainers(now, back) {
+		t.Errorf("containers changed with the cloud's return:\n%v\n%v", back, now)
+	}
+}
+
+func TestWhatHappensWhileTheNodeIsAway(t *testing.T) {
+	n := world.nodes[0]
+	ns := namespace(t)
+	hooks := "/var/lib/e2e/" + ns
+	if err := os.MkdirAll(n.Disk(hooks), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	again := onEdge1("again", "containers: [{name: c, image: IMAGE, args: [wait-sigterm, --grace, 2s]}]")
+	deployment := func(name string, replicas int) string {
+		return fmt.Sprintf(`
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: %[1]s}
+spec:
+  replicas: %[2]d
+  selector: {matchLabels: {app: %[1]s}}
+  template:
+    metadata: {labels: {app: %[1]s}}
+    spec: {nodeSelector: {kubernetes.io/hostname: edge-1}, terminationGracePeriodSeconds: 1, containers: [{name: c, image: localhost/skerry/demo:1}]}`, name, replicas)
+	}
+	applyIn(t, ns, again, configMap("first"), deployment("grown", 1), deployment("shrunk", 3),
+		onEdge1("killed", "containers: [{name: c, image: IMAGE}]"),
+		onEdge1("deleted", `
+  volumes: [{name: hooks, hostPath: {path: `+hooks+`}}]
+  containers:
+  - name: c
+    image: IMAGE
+    volumeMounts: [{name: hooks, mountPath: /hooks}]
+    lifecycle: {preStop: {exec: {command: [/bin/demo, write, /hooks/stopped]}}}`),
+		onEdge1("reads", `
+  volumes: [{name: settings, configMap: {name: settings}}]
+  containers: [{name: c, image: IMAGE, volumeMounts: [{name: settings, mountPath: /settings}]}]`))
+	killed, deleted, old := ready(t, ns, "killed"), ready(t, ns, "deleted"), ready(t, ns, "again")
+	ready(t, ns, "reads")
+	available(t, ns, "grown", 1)
+	available(t, ns, "shrunk", 3)
+	eye := inspect(t, n)
+
+	restoreLink := cut(t, n, machine.LinkDown)
+	away := time.Now()
+	// On the node.
+	kill(t, n, killed, "SIGKILL")
+	eventually(t, 30*time.Second, "the killed container to be started again", func(ctx context.Context) (bool, string) {
+		now, err := eye.running(ctx, ns)
+		return err == nil && now["killed"].restarts == 1, fmt.Sprint(now, err)
+	})
+	// In the cloud.
+	kubectl(t, "delete", "pod", "-n", ns, "deleted", "--wait=false")
+	kubectl(t, "delete", "pod", "-n", ns, "again", "--force", "--grace-period=0")
+	applyIn(t, ns, again, configMap("second"))
+	kubectl(t, "scale", "-n", ns, "deployment/grown", "--replicas=3")
+	kubectl(t, "scale", "-n", ns, "deployment/shrunk", "--replicas=1")
+	renewed := getPod(t, ns, "again")
+	if renewed.UID == old.UID {
+		t.Fatal("the pod was not re-created")
+	}
+	if _, ok := mustRun(t, eye, ns)["deleted"]; !ok {
+		t.Error("a pod ended on the node by a delete that it cannot know of")
+	}
+
+	ran := eye.sample(t, ns, "again")
+	back := time.Now()
+	restoreLink()
+	connected(t, n)
+	ready(t, ns, "again")
+	if order := ran(); !slices.Equal(order, []types.UID{old.UID, renewed.UID}) {
+		t.Errorf("pods of the name again on the node, in order: %v; want %s, then %s, and never two at once", order, old.UID, renewed.UID)
+	}
+	if p := getPod(t, ns, "again"); p.UID != renewed.UID || p.Status.ContainerStatuses[0].RestartCount != 0 {
+		t.Errorf("again: %s", podIdentity(p))
+	}
+	eventually(t, 30*time.Second, "the deleted pod to be gone", func(ctx context.Context) (bool, string) {
+		p, err := world.client.CoreV1().Pods(ns).Get(ctx, "deleted", metav1.GetOptions{})
+		return apierrors.IsNotFound(err), fmt.Sprint(p, err)
+	})
+	if _, err := os.Stat(filepath.Join(n.Disk(hooks), "stopped")); err != nil {
+		t.Errorf("the deleted pod did not end gracefully, its preStop hook was left out: %v", err)
+	}
+	if c, ok := mustRun(t, eye, ns)["deleted"]; ok && c.uid == deleted.UID {
+		t.Error("the deleted pod is gone from the cloud and runs on the node")
+	}
+	available(t, ns, "grown", 3)
+	available(t, ns, "shrunk", 1)
+	eventually(t, 30*time.Second, "the node to run what the Deployments want", func(ctx context.Context) (bool, string) {
+		now, err := eye.running(ctx, ns)
+		count := map[string]int{}
+		for name := range now {
+			deployment, _, _ := strings.Cut(name, "-")
+			count[deployment]++
+		}
+		return err == nil && count["grown"] == 3 && count["shrunk"] == 1, fmt.Sprint(count, err)
+	})
+	p := ready(t, ns, "killed")
+	s := p.Status.ContainerStatuses[0]
+	if p.UID != killed.UID || s.RestartCount != 1 || s.LastTerminationState.Terminated == nil || s.LastTerminationState.Terminated.ExitCode != 137 ||
+		!between(s.LastTerminationState.Terminated.FinishedAt.Time, away, back) {
+		t.Errorf("the killed pod: %s, %+v", podIdentity(p), s.LastTerminationState)
+	}
+	if e := awaitEventBetween(t, ns, "killed", "Started", away, back); e.Count != 2 {
+		t.Errorf("Started happened %d times by the Event, want 2", e.Count)
+	}
+	// The kubelet looks at each volume about once a minute.
+	reads := mustRun(t, eye, ns)["reads"]
+	eventually(t, 2*time.Minute, "the changed ConfigMap to be mounted", func(ctx context.Context) (bool, string) {
+		text, err := eye.file(ctx, reads, "/settings/key")
+		return text == "second", fmt.Sprint(text, err)
+	})
+	t.Logf("the ConfigMap was remounted %.1f s after the link was back", time.Since(back).Seconds())
+	if now := mustRun(t, eye, ns)["reads"]; now.id != reads.id {
+		t.Error("the pod was restarted for its ConfigMap")
+	}
+}
+
+// TestNothingIsEvictedFromASilentNode needs the second node: Kubernetes evicts
+// nothing when all nodes are silent.
+func TestNothingIsEvictedFromASilentNode(t *testing.T) {
+	n := world.nodes[0]
+	connected(t, world.nodes[1])
+	ns := apply(t,
+		onEdge1("kept", "containers: [{name: c, image: IMAGE}]"),
+		onEdge1("brief", `
+  tolerations: [{key: node.kubernetes.io/unreachable, operator: Exists, effect: NoExecute, tolerationSeconds: 5}]
+  containers: [{name: c, image: IMAGE}]`), `
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: held}
+spec:
+  replicas: 2
+  selector: {matchLabels: {app: held}}
+  template:
+    metadata: {labels: {app: held}}
+    spec: {terminationGracePeriodSeconds: 1, nodeSelector: {kubernetes.io/hostname: edge-1}, containers: [{name: c, image: localhost/skerry/demo:1}]}
+`, `
+apiVersion: batch/v1
+kind: Job
+metadata: {name: work}
+spec:
+  backoffLimit: 0
+  template:
+    metadata: {labels: {app: work}}
+    spec: {nodeName: edge-1, restartPolicy: Never, containers: [{name: c, image: localhost/skerry/demo:1, args: [wait-sigterm, --grace, 0s]}]}`)
+	ready(t, ns, "kept")
+	brief := ready(t, ns, "brief")
+	available(t, ns, "held", 2)
+	job := awaitJobPod(t, ns, "work")
+	before := podsByName(t, ns)
+	for _, key := range []string{corev1.TaintNodeNotReady, corev1.TaintNodeUnreachable} {
+		if s := tolerationSeconds(before["kept"], key); s < 365*24*3600 {
+			t.Errorf("by default a pod tolerates %s for %d s only", key, s)
+		}
+	}
+	if s := tolerationSeconds(*brief, corev1.TaintNodeUnreachable); s != 5 {
+		t.Errorf("the user's toleration of 5 s has become %d s", s)
+	}
+	eye := inspect(t, n)
+	ran := mustRun(t, eye, ns)
+
+	restoreLink := cut(t, n, machine.LinkBlackhole)
+	away := time.Now()
+	kill(t, n, job, "SIGTERM") // its work is done
+	var finished time.Time
+	eventually(t, 30*time.Second, "the job's container to end", func(ctx context.Context) (bool, string) {
+		s, err := eye.cri.ContainerStatus(ctx, &cri.ContainerStatusRequest{ContainerId: ran[job.Name].id})
+		if err != nil {
+			return false, err.Error()
+		}
+		finished = time.Unix(0, s.Status.FinishedAt)
+		return s.Status.State == cri.ContainerState_CONTAINER_EXITED, s.Status.State.String()
+	})
+	eventually(t, 2*time.Minute, "edge-1 to be Unknown and tainted", func(ctx context.Context) (bool, string) {
+		node, err := world.client.CoreV1().Nodes().Get(ctx, "edge-1", metav1.GetOptions{})
+		if err != nil {
+			return false, err.Error()
+		}
+		effects := map[corev1.TaintEffect]bool{}
+		for _, taint := range node.Spec.Taints {
+			effects[taint.Effect] = effects[taint.Effect] || taint.Key == corev1.TaintNodeUnreachable
+		}
+		return nodeReady(node) == corev1.ConditionUnknown && effects[corev1.TaintEffectNoExecute] && effects[corev1.TaintEffectNoSchedule], fmt.Sprint(node.Spec.Taints)
+	})
+	t.Logf("edge-1 was Unknown and tainted %.1f s after the cut", time.Since(away).Seconds())
+	awaitPod(t, ns, "brief", 30*time.Second, "to be evicted, as its user wishes", func(p *corev1.Pod) bool { return p.DeletionTimestamp != nil })
+	for name, p := range podsByName(t, ns) {
+		if was, ok := before[name]; !ok || was.UID != p.UID {
+			t.Errorf("%s was made while the node was silent", name)
+		}
+		if p.DeletionTimestamp != nil && name != "brief" {
+			t.Errorf("%s was evicted", name)
+		}
+	}
+	if len(podsByName(t, ns)) != len(before) {
+		t.Errorf("of %d pods %d are left", len(before), len(podsByName(t, ns)))
+	}
+	eventually(t, time.Minute, "the cut to have lasted for more than a minute", func(context.Context) (bool, string) {
+		return time.Since(away) > time.Minute, time.Since(away).String()
+	})
+	still := mustRun(t, eye, ns)
+	delete(ran, job.Name)
+	if !sameContainers(ran, still) {
+		t.Errorf("containers changed on the silent node:\n%v\n%v", ran, still)
+	}
+
+	restoreLink()
+	connected(t, n)
+	eventually(t, time.Minute, "edge-1 to have no taints", func(ctx context.Context) (bool, string) {
+		node, err := world.client.CoreV1().Nodes().Get(ctx, "edge-1", metav1.GetOptions{})
+		if err != nil {
+			return false, err.Error()
+		}
+		return len(node.Spec.Taints) == 0, fmt.Sprint(node.Spec.Taints)
+	})
+	eventually(t, time.Minute, "the evicted pod to end", func(ctx context.Context) (bool, string) {
+		p, err := world.client.CoreV1().Pods(ns).Get(ctx, "brief", metav1.GetOptions{})
+		return apierrors.IsNotFound(err), fmt.Sprint(p, err)
+	})
+	delete(ran, "brief")
+	for name, c := range ran {
+		p := ready(t, ns, name)
+		if s := p.Status.ContainerStatuses[0]; p.UID != c.uid || !strings.HasSuffix(s.ContainerID, c.id) || s.RestartCount != 0 {
+			t.Errorf("%s: %s, ran as %s", name, podIdentity(p), c.id)
+		}
+	}
+	if now := mustRun(t, eye, ns); !sameContainers(ran, now) {
+		t.Errorf("containers changed with the cloud's return:\n%v\n%v", ran, now)
+	}
+
+	kubectl(t, "wait", "-n", ns, "job/work", "--for=condition=Complete", "--timeout=30s")
+	p := getPod(t, ns, job.Name)
+	if s := p.Status.ContainerStatuses[0].State.Terminated; p.Status.Phase != corev1.PodSucceeded || s == nil || s.ExitCode != 0 || s.FinishedAt.Unix() != finished.Unix() {
+		t.Errorf("the job's container ended at %s; its pod is %s: %+v", finished, p.Status.Phase, s)
+	}
+	if j, err := world.client.BatchV1().Jobs(ns).Get(t.Context(), "work", metav1.GetOptions{}); err != nil || !complete(j) || j.Status.Succeeded != 1 || j.Status.Failed != 0 {
+		t.Errorf("the job: %+v %v", j, err)
+	}
+}
+
+// fleet runs pods on edge-1 that each need all that a pod is given: a Secret, a
+// ConfigMap and a token.
+func fleet(t *testing.T, count int) (ns string, pods map[string]corev1.Pod) {
+	t.Helper()
+	manifests := []string{configMap("first"), `
+apiVersion: v1
+kind: Secret
+metadata: {name: credentials}
+stringData: {password: open sesame}`}
+	for i := range count {
+		manifests = append(manifests, onEdge1(fmt.Sprintf("pod-%d", i), `
+  volumes: [{name: settings, configMap: {name: settings}}]
+  containers:
+  - name: c
+    image: IMAGE
+    env: [{name: PASSWORD, valueFrom: {secretKeyRef: {name: credentials, key: password}}}]
+    volumeMounts: [{name: settings, mountPath: /settings}]
+    readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}`))
+	}
+	ns = apply(t, manifests...)
+	eventually(t, 3*time.Minute, "all pods to be Ready", func(ctx context.Context) (bool, string) {
+		list, err := world.client.CoreV1().Pods(ns).List(ctx, metav1.ListOptions{})
+		if err != nil {
+			return false, err.Error()
+		}
+		for _, p := range list.Items {
+			if !isReady(&p) {
+				return false, describe(list.Items)
+			}
+		}
+		return len(list.Items) == count, ""
+	})
+	return ns, podsByName(t, ns)
+}
+
+func configMap(value string) string {
+	return "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: settings}\ndata: {key: " + value + "}"
+}
+
+// onEdge1 is a pod; IMAGE in its spec is the demo's.
+func onEdge1(name, spec string) string {
+	return "apiVersion: v1\nkind: Pod\nmetadata: {name: " + name + "}\nspec:\n  nodeName: edge-1\n  terminationGracePeriodSeconds: 10\n  " +
+		strings.ReplaceAll(strings.TrimSpace(spec), "IMAGE", "localhost/skerry/demo:1")
+}
+
+// provided checks that a container of the fleet got all it needs.
+func provided(t *testing.T, eye *inspector, c instance) {
+	t.Helper()
+	if env, err := eye.file(t.Context(), c, "/proc/1/environ"); !strings.Contains(env, "PASSWORD=open sesame\x00") {
+		t.Errorf("%s has no Secret in its environment: %q %v", c.pod, env, err)
+	}
+	if text, err := eye.file(t.Context(), c, "/settings/key"); text != "first" {
+		t.Errorf("%s has no ConfigMap mounted: %q %v", c.pod, text, err)
+	}
+	token, err := eye.file(t.Context(), c, "/var/run/secrets/kubernetes.io/serviceaccount/token")
+	if err != nil {
+		t.Errorf("%s: %v", c.pod, err)
+		return
+	}
+	var claims struct {
+		Issuer     string `json:"iss"`
+		Expires    int64  `json:"exp"`
+		Kubernetes struct {
+			Pod struct {
+				UID types.UID `json:"uid"`
+			} `json:"pod"`
+		} `json:"kubernetes.io"`
+	}
+	parts := strings.Split(token, ".")
+	if len(parts) != 3 {
+		t.Errorf("%s: the token is no JWT of three parts: %d bytes", c.pod, len(token))
+		return
+	}
+	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
+	if err == nil {
+		err = json.Unmarshal(payload, &claims)
+	}
+	if err != nil || claims.Issuer == "" || time.Until(time.Unix(claims.Expires, 0)) < time.Minute || claims.Kubernetes.Pod.UID != c.uid {
+		t.Errorf("%s (UID %s): token's claims %s: %v", c.pod, c.uid, payload, err)
+	}
+}
+
+// withoutHub stops the hub until the function it returns starts it again and
+// tells when.
+func withoutHub(t *testing.T) (restore func() time.Time) {
+	t.Helper()
+	if err := world.hub.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if !world.hub.Running() {
+			if err := world.hub.Start(context.Background()); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	return func() time.Time {
+		t.Helper()
+		at := time.Now()
+		if err := world.hub.Start(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		for _, n := range world.nodes {
+			if n.Running() {
+				connected(t, n)
+			}
+		}
+		return at
+	}
+}
+
+// powerCycle takes the node's power and gives it back; edgecore is left off
+// until the test starts it.
+func powerCycle(t *testing.T, n *cluster.Node) {
+	t.Helper()
+	if err := n.PowerOff(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		select {
+		case <-n.EdgecoreEnded():
+			if err := n.Run(context.Background()); err != nil {
+				t.Error(err)
+			}
+		default:
+		}
+	})
+	if err := n.Machine.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// cut takes the node's link until the function it returns.
+func cut(t *testing.T, n *cluster.Node, how machine.LinkCut) (restore func()) {
+	t.Helper()
+	if err := n.CutLink(t.Context(), how); err != nil {
+		t.Fatal(err)
+	}
+	isCut := true
+	t.Cleanup(func() {
+		if isCut {
+			if err := n.RestoreLink(context.Background()); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	return func() {
+		t.Helper()
+		if err := n.RestoreLink(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		isCut = false
+	}
+}
+
+// kill signals a pod's only container, behind the kubelet's back.
+func kill(t *testing.T, n *cluster.Node, p *corev1.Pod, signal string) {
+	t.Helper()
+	_, id, _ := strings.Cut(p.Status.ContainerStatuses[0].ContainerID, "://")
+	if _, err := n.Machine.Run(t.Context(), "ctr", "-n", "k8s.io", "tasks", "kill", "-s", signal, id); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func available(t *testing.T, ns, deployment string, want int32) {
+	t.Helper()
+	eventually(t, time.Minute, fmt.Sprintf("%s to have %d available", deployment, want), func(ctx context.Context) (bool, string) {
+		d, err := world.client.AppsV1().Deployments(ns).Get(ctx, deployment, metav1.GetOptions{})
+		if err != nil {
+			return false, err.Error()
+		}
+		return d.Status.ObservedGeneration == d.Generation && d.Status.Replicas == want && d.Status.AvailableReplicas == want, fmt.Sprintf("%+v", d.Status)
+	})
+}
+
+func awaitJobPod(t *testing.T, ns, job string) *corev1.Pod {
+	t.Helper()
+	var pod *corev1.Pod
+	eventually(t, time.Minute, "a Ready pod of the job "+job, func(ctx context.Context) (bool, string) {
+		list, err := world.client.CoreV1().Pods(ns).List(ctx, metav1.ListOptions{LabelSelector: "app=" + job})
+		if err != nil || len(list.Items) != 1 {
+			return false, fmt.Sprint(list, err)
+		}
+		pod = &list.Items[0]
+		return isReady(pod), describe(list.Items)
+	})
+	return pod
+}
+
+func podsByName(t *testing.T, ns string) map[string]corev1.Pod {
+	t.Helper()
+	list, err := world.client.CoreV1().Pods(ns).List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pods := map[string]corev1.Pod{}
+	for _, p := range list.Items {
+		pods[p.Name] = p
+	}
+	return pods
+}
+
+// tolerationSeconds is for how long a pod stays on a node with that taint.
+func tolerationSeconds(p corev1.Pod, taint string) int64 {
+	for _, tol := range p.Spec.Tolerations {
+		if tol.Key == taint && tol.Effect == corev1.TaintEffectNoExecute {
+			if tol.TolerationSeconds == nil {
+				return 1<<63 - 1
+			}
+			return *tol.TolerationSeconds
+		}
+	}
+	return 0
+}
+
+func nodeReady(n *corev1.Node) corev1.ConditionStatus {
+	for _, c := range n.Status.Conditions {
+		if c.Type == corev1.NodeReady {
+			return c.Status
+		}
+	}
+	return ""
+}
+
+func complete(j *batchv1.Job) bool {
+	return slices.ContainsFunc(j.Status.Conditions, func(c batchv1.JobCondition) bool {
+		return c.Type == batchv1.JobComplete && c.Status == corev1.ConditionTrue
+	})
+}
+
+// awaitEventBetween waits for an Event about a pod of which the last occurrence
+// is between from and to.
+func awaitEventBetween(t *testing.T, ns, pod, reason string, from, to time.Time) corev1.Event {
+	t.Helper()
+	var found corev1.Event
+	eventually(t, 30*time.Second, fmt.Sprintf("an Event %s about %s between %s and %s", reason, pod, from, to), func(ctx context.Context) (bool, string) {
+		list, err := world.client.CoreV1().Events(ns).List(ctx, metav1.ListOptions{
+			FieldSelector: fields.OneTermEqualSelector("involvedObject.name", pod).String()})
+		if err != nil {
+			return false, err.Error()
+		}
+		var saw strings.Builder
+		for _, e := range list.Items {
+			if found = e; e.Reason == reason && between(e.LastTimestamp.Time, from, to) {
+				return true, ""
+			}
+			fmt.Fprintf(&saw, "%s %s; ", e.Reason, e.LastTimestamp)
+		}
+		return false, saw.String()
+	})
+	return found
+}
+
+// between compares a time of the API, which has whole seconds.
+func between(at, from, to time.Time) bool {
+	return !at.Before(from.Truncate(time.Second)) && !at.After(to)
+}
+
+func load(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile("/proc/loadavg")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Fields(string(b))[0]
+}
+
+// inspector sees a node's containers as its containerd does, whatever edgecore
+// and the cloud say.
+type inspector struct{ cri cri.RuntimeServiceClient }
+
+// instance is a container; the pods here have one each.
+type instance struct {
+	pod      string
+	uid      types.UID
+	id       string
+	sandbox  string
+	restarts int
+}
+
+// inspect looks into a machine until it is powered off.
+func inspect(t *testing.T, n *cluster.Node) *inspector {
+	t.Helper()
+	conn, err := grpc.NewClient("unix://"+n.ContainerdSocket(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return &inspector{cri.NewRuntimeServiceClient(conn)}
+}
+
+// list returns the namespace's containers in that state, the oldest first.
+func (i *inspector) list(ctx context.Context, ns string, state cri.ContainerState) ([]instance, error) {
+	resp, err := i.cri.ListContainers(ctx, &cri.ListContainersRequest{Filter: &cri.ContainerFilter{
+		State: &cri.ContainerStateValue{State: state}, LabelSelector: map[string]string{"io.kubernetes.pod.namespace": ns}}})
+	if err != nil {
+		return nil, err
+	}
+	slices.SortFunc(resp.Containers, func(a, b *cri.Container) int { return int(a.CreatedAt - b.CreatedAt) })
+	var all []instance
+	for _, c := range resp.Containers {
+		restarts, err := strconv.Atoi(c.Annotations["io.kubernetes.container.restartCount"])
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, instance{c.Labels["io.kubernetes.pod.name"], types.UID(c.Labels["io.kubernetes.pod.uid"]), c.Id, c.PodSandboxId, restarts})
+	}
+	return all, nil
+}
+
+// running returns the running containers by their pods' names. A pod with two
+// is an error.
+func (i *inspector) running(ctx context.Context, ns string) (map[string]instance, error) {
+	all, err := i.list(ctx, ns, cri.ContainerState_CONTAINER_RUNNING)
+	byPod := map[string]instance{}
+	for _, c := range all {
+		if twin, ok := byPod[c.pod]; ok {
+			return nil, fmt.Errorf("pod %s runs twice: %+v and %+v", c.pod, twin, c)
+		}
+		byPod[c.pod] = c
+	}
+	return byPod, err
+}
+
+func (i *inspector) sandboxes(ctx context.Context, ns string) ([]*cri.PodSandbox, error) {
+	resp, err := i.cri.ListPodSandbox(ctx, &cri.ListPodSandboxRequest{Filter: &cri.PodSandboxFilter{
+		State: &cri.PodSandboxStateValue{State: cri.PodSandboxState_SANDBOX_READY}, LabelSelector: map[string]string{"io.kubernetes.pod.namespace": ns}}})
+	return resp.GetItems(), err
+}
+
+func (i *inspector) status(t *testing.T, id string) *cri.ContainerStatus {
+	t.Helper()
+	resp, err := i.cri.ContainerStatus(t.Context(), &cri.ContainerStatusRequest{ContainerId: id})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.Status
+}
+
+func (i *inspector) awaitRunning(t *testing.T, ns string, count int) map[string]instance {
+	t.Helper()
+	var now map[string]instance
+	eventually(t, 2*time.Minute, fmt.Sprintf("%d pods to run on the node", count), func(ctx context.Context) (bool, string) {
+		var err error
+		now, err = i.running(ctx, ns)
+		return err == nil && len(now) == count, fmt.Sprint(len(now), err)
+	})
+	return now
+}
+
+// sample watches a pod's name on the node until the function it returns, which
+// tells the UIDs that ran, in order. A UID that ran beside another is told
+// again.
+func (i *inspector) sample(t *testing.T, ns, pod string) (stop func() []types.UID) {
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	var seen []types.UID
+	go func() {
+		tick := time.NewTicker(10 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			all, err := i.list(ctx, ns, cri.ContainerState_CONTAINER_RUNNING)
+			if ctx.Err() != nil {
+				done <- nil
+				return
+			}
+			if err != nil {
+				done <- err
+				return
+			}
+			for _, c := range all {
+				if c.pod == pod && (len(seen) == 0 || seen[len(seen)-1] != c.uid) {
+					seen = append(seen, c.uid)
+				}
+			}
+			select {
+			case <-ctx.Done():
+			case <-tick.C:
+			}
+		}
+	}()
+	return func() []types.UID {
+		t.Helper()
+		cancel()
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		return seen
+	}
+}
+
+// file reads a file in a container, through containerd: it needs no network.
+func (i *inspector) file(ctx context.Context, c instance, path string) (string, error) {
+	resp, err := i.cri.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: c.id, Cmd: []string{"/bin/cat", path}, Timeout: 10})
+	if err != nil {
+		return "", err
+	}
+	if resp.ExitCode != 0 {
+		return "", fmt.Errorf("cat %s: exit %d: %s", path, resp.ExitCode, resp.Stderr)
+	}
+	return string(resp.Stdout), nil
+}
+
+func mustRun(t *testing.T, eye *inspector, ns string) map[string]instance {
+	t.Helper()
+	now, err := eye.running(t.Context(), ns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return now
+}
+
+func startTimes(t *testing.T, eye *inspector, all map[string]instance) (first, last time.Time) {
+	t.Helper()
+	for _, c := range all {
+		at := time.Unix(0, eye.status(t, c.id).StartedAt)
+		if first.IsZero() || at.Before(first) {
+			first = at
+		}
+		if at.After(last) {
+			last = at
+		}
+	}
+	return first, last
+}
+
+func sameContainers(a, b map[string]instance) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for name, c := range a {
+		if b[name].id != c.id {
+			return false
+		}
+	}
+	return true
+}
