@@ -48,7 +48,9 @@ release: ## Build the release archives for all platforms into dist/
 ##@ Test
 
 .PHONY: test
-test: vet test-unit test-e2e ## Run every check and every test (needs root)
+test: ## Run every check and every test (needs root)
+	@$(MAKE) --no-print-directory vet
+	@$(MAKE) --no-print-directory --keep-going test-unit test-e2e
 
 .PHONY: test-unit
 test-unit: deps ## Run the tests of the packages (needs root)
