@@ -22,6 +22,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/skerry-io/skerry/e2e/cluster"
+	"github.com/skerry-io/skerry/e2e/image"
 	"github.com/skerry-io/skerry/e2e/machine"
 )
 
@@ -157,7 +158,17 @@ func TestImagePullSecrets(t *testing.T) {
 		resp.Body.Close()
 		return resp.StatusCode == http.StatusUnauthorized, resp.Status
 	})
-	pushImage(t, world.images[1], registry, user, password, "private/demo", "1")
+	// An image of its own: the kubelet lets nobody use an image without the
+	// credentials that it was pulled with, by whatever name.
+	archive, err := image.Build(t.Context(), image.Spec{
+		Name: "localhost/skerry/private:1", Entrypoint: []string{"/bin/demo"}, Env: []string{"PRIVATE=yes"},
+		Files: []image.File{{Path: "/bin/demo", Host: filepath.Join(world.dir, "images", "demo")}},
+		Out:   filepath.Join(t.TempDir(), "private.tar"),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pushImage(t, archive, registry, user, password, "private/demo", "1")
 
 	const local = "127.0.0.1:5000" // the runtime takes a local registry without TLS
 	auth := func(password string) []byte {
@@ -194,6 +205,9 @@ func TestImagePullSecrets(t *testing.T) {
 		t.Errorf("runs %s", got)
 	}
 	awaitEvent(t, ns, "with", "Pulled", "Successfully pulled image")
+	// That it is there now does not make it everybody's.
+	startPod(t, ns, "sneaking", fmt.Sprintf("{nodeName: edge-1, containers: [{name: c, image: %s/private/demo:1, imagePullPolicy: IfNotPresent}]}", local))
+	awaitEvent(t, ns, "sneaking", "Failed", "401 Unauthorized")
 
 	// A service account's pull secrets are its pods'.
 	kubectl(t, "patch", "-n", ns, "serviceaccount", "default", "--type=merge", "-p", `{"imagePullSecrets":[{"name":"good"}]}`)

@@ -12,7 +12,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/utils/ptr"
 
 	"github.com/skerry-io/skerry/e2e/cluster"
 	"github.com/skerry-io/skerry/e2e/image"
@@ -73,9 +72,8 @@ spec:
 	}
 
 	// Deleting the mirror does not touch the pod: its mirror comes again.
-	if err := world.client.CoreV1().Pods(ns).Delete(t.Context(), name, metav1.DeleteOptions{GracePeriodSeconds: ptr.To[int64](0)}); err != nil {
-		t.Fatal(err)
-	}
+	// (Force-deleted, it would come with the kubelet's next look at the pod.)
+	deletePod(t, ns, name, nil)
 	again := awaitPod(t, ns, name, time.Minute, "to be mirrored again", func(p *corev1.Pod) bool {
 		return p.UID != mirror.UID && isReady(p)
 	})
