@@ -96,8 +96,7 @@ func TestTheNodeTellsWhatItIs(t *testing.T) {
 			}
 		}
 		if !slices.ContainsFunc(n.Status.Images, func(i corev1.ContainerImage) bool { return slices.Contains(i.Names, image.DemoName) && i.SizeBytes > 0 }) {
-			// The kubelet reports images every five minutes at most.
-			t.Logf("%s: %d images", n.Name, len(n.Status.Images))
+			t.Errorf("%s: the image of the pods is not among its %d", n.Name, len(n.Status.Images))
 		}
 		lease, err := world.client.CoordinationV1().Leases("kube-node-lease").Get(t.Context(), n.Name, metav1.GetOptions{})
 		if err != nil {
