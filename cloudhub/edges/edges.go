@@ -16,7 +16,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -48,7 +47,7 @@ type Registry interface {
 
 // Syncer holds the sync conversation with a node. See feed.Feed.Serve.
 type Syncer interface {
-	Serve(ctx context.Context, node string, stream io.ReadWriteCloser, w feed.Writer) error
+	Serve(ctx context.Context, node string, stream net.Conn, w feed.Writer) error
 }
 
 // Upstream acts at the API server as a node. See upstream.Upstream.
@@ -76,9 +75,9 @@ type Edges struct {
 
 	kubelets *http.Client // by node name, over the tunnels
 
-	started chan struct{} // closed by Run
-	ctx     context.Context
-	wg      sync.WaitGroup // sessions
+	started chan struct{}   // closed by Run
+	ctx     context.Context // Run's
+	wg      sync.WaitGroup  // sessions
 
 	mu       sync.Mutex
 	stopped  bool
@@ -93,8 +92,19 @@ type edge struct {
 	session    *tunnel.Session
 	remote     string
 	since      time.Time
-	cancel     context.CancelFunc
+	cancel     context.CancelCauseFunc // with an ending, which the node is told
+	done       chan struct{}           // closed once nothing is done for this tunnel any more
 }
+
+// ending is why the hub ends a tunnel.
+type ending struct {
+	code   uint32
+	reason string
+}
+
+func (e ending) Error() string { return e.reason }
+
+var stopping = ending{tunnel.CloseDrain, "the hub is stopping"}
 
 // New checks cfg; it starts nothing.
 func New(cfg Config) (*Edges, error) {
@@ -124,10 +134,7 @@ func (e *Edges) Run(ctx context.Context) error {
 	close(e.started)
 	e.renewLeases(ctx)
 	e.mu.Lock()
-	e.stopped = true
-	for _, n := range e.nodes {
-		n.session.CloseWith(tunnel.CloseDrain, "the hub is stopping")
-	}
+	e.stopped = true // from here on no tunnel is entered; those there are see ctx
 	e.mu.Unlock()
 	e.wg.Wait()
 	e.kubelets.CloseIdleConnections()
@@ -159,11 +166,12 @@ func (e *Edges) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		e.log.Warn("tunnel upgrade failed", "node", rec.Name, "remote", r.RemoteAddr, "err", err)
 		return // Upgrade has answered
 	}
-	ctx, cancel := context.WithCancel(e.ctx)
-	n := &edge{name: rec.Name, enrollment: rec.Enrollment, session: session, remote: r.RemoteAddr, since: e.now(), cancel: cancel}
-	if !e.connect(n) {
-		cancel()
-		session.CloseWith(tunnel.CloseDrain, "the hub is stopping")
+	ctx, cancel := context.WithCancelCause(e.ctx)
+	n := &edge{name: rec.Name, enrollment: rec.Enrollment, session: session, remote: r.RemoteAddr, since: e.now(), cancel: cancel, done: make(chan struct{})}
+	old, ok := e.connect(n)
+	if !ok {
+		cancel(stopping)
+		session.CloseWith(stopping.code, stopping.reason)
 		return
 	}
 	if !e.cfg.Registry.Current(rec) {
@@ -173,28 +181,32 @@ func (e *Edges) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// The handler returns, so that net/http's buffers and this stack go.
 	go func() {
 		defer e.wg.Done()
-		defer cancel()
+		defer close(n.done)
+		defer cancel(nil)
+		if old != nil {
+			<-old.done // a write of the older tunnel must not land after one of this
+		}
 		err := e.serve(ctx, n)
 		e.disconnect(n, err)
 	}()
 }
 
-// connect enters n as the node's tunnel; an older one ends.
-func (e *Edges) connect(n *edge) bool {
+// connect enters n as the node's tunnel. An older one is told to end, and
+// returned.
+func (e *Edges) connect(n *edge) (old *edge, ok bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.stopped {
-		return false
+		return nil, false
 	}
-	if old := e.nodes[n.name]; old != nil {
-		old.session.CloseWith(tunnel.CloseReplaced, "a newer tunnel of this node took over")
-		old.cancel()
+	if old = e.nodes[n.name]; old != nil {
+		old.cancel(ending{tunnel.CloseReplaced, "a newer tunnel of this node took over"})
 	}
 	e.nodes[n.name] = n
 	delete(e.lastSeen, n.name)
 	e.wg.Add(1)
 	e.log.Info("node connected", "node", n.name, "remote", n.remote)
-	return true
+	return old, true
 }
 
 func (e *Edges) disconnect(n *edge, err error) {
@@ -215,9 +227,7 @@ func (e *Edges) disconnect(n *edge, err error) {
 
 // serve takes the streams of one tunnel until it ends.
 func (e *Edges) serve(ctx context.Context, n *edge) error {
-	defer n.session.Close()
-	stop := context.AfterFunc(ctx, func() { n.session.Close() })
-	defer stop()
+	ended := ctx // by the hub, with an ending as its cause
 	g, ctx := errgroup.WithContext(ctx)
 	api := tunnel.NewListener(apiBacklog)
 	g.Go(func() error { return e.cfg.Upstream.Relay(ctx, n.name, api) })
@@ -256,8 +266,11 @@ func (e *Edges) serve(ctx context.Context, n *edge) error {
 	// connected in any useful sense, and will come again.
 	g.Go(func() error {
 		<-ctx.Done()
-		n.session.Close()
-		return nil
+		why := ending{code: tunnel.CloseNormal}
+		if ended.Err() != nil && !errors.As(context.Cause(ended), &why) {
+			why = stopping
+		}
+		return n.session.CloseWith(why.code, why.reason)
 	})
 	err := g.Wait()
 	if cause := n.session.Err(); cause != nil && errors.Is(err, context.Canceled) {
@@ -272,8 +285,7 @@ func (e *Edges) Cut(name, enrollment, reason string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if n := e.nodes[name]; n != nil && n.enrollment == enrollment {
-		n.session.CloseWith(tunnel.CloseRevoked, reason)
-		n.cancel()
+		n.cancel(ending{tunnel.CloseRevoked, reason})
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"sort"
 	"sync"
 	"time"
@@ -27,6 +28,10 @@ const (
 	// writeQueue is how many writes wait for the API server before the reader
 	// stops reading and the stream's credit stops the node.
 	writeQueue = 64
+
+	// greetTimeout is how long a node may take for its Hello and inventory: a
+	// hundred thousand items over a slow link.
+	greetTimeout = 2 * time.Minute
 
 	// gather is how long changes are collected into one delta: a Deployment's
 	// pods, or a pod and the ConfigMap made a moment later, go together.
@@ -57,7 +62,7 @@ type have struct{ uid, rev string }
 
 // Serve holds the sync conversation with one node until its stream or ctx
 // ends, and closes the stream.
-func (f *Feed) Serve(ctx context.Context, node string, stream io.ReadWriteCloser, w Writer) error {
+func (f *Feed) Serve(ctx context.Context, node string, stream net.Conn, w Writer) error {
 	defer stream.Close()
 	defer context.AfterFunc(ctx, func() { stream.Close() })()
 	select {
@@ -74,7 +79,14 @@ func (f *Feed) Serve(ctx context.Context, node string, stream io.ReadWriteCloser
 		names:  map[edgeapi.Ref][]edgeapi.Ref{},
 		needed: map[edgeapi.Ref]int{},
 	}
+	// A node that opens its stream and says nothing does not stay.
+	if err := stream.SetReadDeadline(time.Now().Add(greetTimeout)); err != nil {
+		return err
+	}
 	if err := c.greet(); err != nil {
+		return err
+	}
+	if err := stream.SetReadDeadline(time.Time{}); err != nil {
 		return err
 	}
 	f.join(c)

@@ -22,6 +22,9 @@ const (
 	eventsInFlight = 8
 )
 
+// greetTimeout is how long the hub may take to answer Hello.
+const greetTimeout = time.Minute
+
 // inFlight counts the writes of one conversation by the window they take up.
 type inFlight struct {
 	states, events chan struct{}
@@ -73,7 +76,14 @@ func (l *Link) sync(ctx context.Context, s *tunnel.Session) error {
 	defer context.AfterFunc(ctx, func() { st.Reset(tunnel.CodeCancelled) })()
 
 	conn := edgeapi.NewConn(st)
+	// A hub that takes the stream and says nothing is left for another try.
+	if err := st.SetReadDeadline(time.Now().Add(greetTimeout)); err != nil {
+		return err
+	}
 	if err := l.greet(conn); err != nil {
+		return err
+	}
+	if err := st.SetReadDeadline(time.Time{}); err != nil {
 		return err
 	}
 	// What was in flight on the last tunnel goes again.
