@@ -9,20 +9,15 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
 
-	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/types"
-
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/skerry-io/skerry/e2e/cluster"
@@ -60,7 +55,6 @@ func TestColdStartWithoutACloud(t *testing.T) {
 	}
 
 	cloudBack := restoreHub()
-	connected(t, n)
 	for name, c := range back {
 		p := ready(t, ns, name)
 		s := p.Status.ContainerStatuses[0]
@@ -128,7 +122,6 @@ func TestKilledInTheMiddleOfAColdStart(t *testing.T) {
 		provided(t, eye, c)
 	}
 	restoreLink()
-	connected(t, n)
 	for name, c := range back {
 		p := ready(t, ns, name)
 		s := p.Status.ContainerStatuses[0]
@@ -140,6 +133,64 @@ func TestKilledInTheMiddleOfAColdStart(t *testing.T) {
 	}
 	if now := eye.awaitRunning(t, ns, len(before)); !sameContainers(now, back) {
 		t.Errorf("containers changed with the cloud's return:\n%v\n%v", back, now)
+	}
+}
+
+// TestThePowerFailsWhileMuchChanges has a node that comes up with a store of
+// yesterday and hears of today while its kubelet starts the pods.
+func TestThePowerFailsWhileMuchChanges(t *testing.T) {
+	n := world.nodes[0]
+	again := onEdge1("again", "containers: [{name: c, image: IMAGE, args: [wait-sigterm, --grace, 2s]}]")
+	ns := apply(t, again, job,
+		onEdge1("stays", "containers: [{name: c, image: IMAGE}]"),
+		onEdge1("deleted", "containers: [{name: c, image: IMAGE}]"),
+		onEdge1("once", "restartPolicy: Never\n  containers: [{name: c, image: IMAGE}]"))
+	old, stays := ready(t, ns, "again"), ready(t, ns, "stays")
+	ready(t, ns, "deleted")
+	ready(t, ns, "once")
+	work := awaitJobPod(t, ns, "work")
+	ran := mustRun(t, inspect(t, n), ns)
+
+	cut(t, n, machine.LinkDown)
+	kill(t, n, work, "SIGTERM") // its work is done, and nobody hears of it
+	finished := inspect(t, n).awaitExit(t, ran[work.Name])
+	powerCycle(t, n) // restores the link as well
+	kubectl(t, "delete", "pod", "-n", ns, "deleted", "--wait=false")
+	kubectl(t, "delete", "pod", "-n", ns, "again", "--force", "--grace-period=0")
+	applyIn(t, ns, again, onEdge1("new", "containers: [{name: c, image: IMAGE}]"))
+	renewed := getPod(t, ns, "again")
+
+	eye := inspect(t, n)
+	order := eye.sample(t, ns, "again")
+	if err := n.Run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	connected(t, n)
+	ready(t, ns, "new")
+	if p := awaitPod(t, ns, "again", time.Minute, "to run again", isReady); p.UID != renewed.UID || p.Status.ContainerStatuses[0].RestartCount != 0 {
+		t.Errorf("again: %s", podIdentity(p))
+	}
+	if uids, twice := order(); twice != nil || uids[len(uids)-1] != renewed.UID || len(uids) > 2 {
+		t.Errorf("pods of the name again on the node, in order: %v; old %s, new %s; %v", uids, old.UID, renewed.UID, twice)
+	}
+	awaitPod(t, ns, "stays", time.Minute, "to be Ready once more", func(p *corev1.Pod) bool {
+		return isReady(p) && p.UID == stays.UID && p.Status.ContainerStatuses[0].RestartCount == 1
+	})
+	awaitPod(t, ns, "once", time.Minute, "to have failed", func(p *corev1.Pod) bool { return p.Status.Phase == corev1.PodFailed })
+	awaitNoPod(t, ns, "deleted")
+	jobIsDone(t, ns, work, finished)
+	eventually(t, time.Minute, "the node to run what is wanted, and no more", func(ctx context.Context) (bool, string) {
+		now, err := eye.running(ctx, ns)
+		return err == nil && len(now) == 3 && now["again"].uid == renewed.UID && now["stays"].uid == stays.UID && now["new"].uid != "", fmt.Sprint(now, err)
+	})
+	all, err := eye.list(t.Context(), ns, cri.ContainerState_CONTAINER_EXITED)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range all {
+		if (c.pod == work.Name || c.pod == "once") && (c.restarts != 0 || c.id != ran[c.pod].id) {
+			t.Errorf("%s ran a second time: %+v, first %+v", c.pod, c, ran[c.pod])
+		}
 	}
 }
 
@@ -206,18 +257,18 @@ spec:
 	ran := eye.sample(t, ns, "again")
 	back := time.Now()
 	restoreLink()
-	connected(t, n)
 	ready(t, ns, "again")
-	if order := ran(); !slices.Equal(order, []types.UID{old.UID, renewed.UID}) {
-		t.Errorf("pods of the name again on the node, in order: %v; want %s, then %s, and never two at once", order, old.UID, renewed.UID)
+	order, twice := ran()
+	if twice != nil {
+		t.Error(twice)
+	}
+	if !slices.Equal(order, []types.UID{old.UID, renewed.UID}) {
+		t.Errorf("pods of the name again on the node, in order: %v; want %s, then %s", order, old.UID, renewed.UID)
 	}
 	if p := getPod(t, ns, "again"); p.UID != renewed.UID || p.Status.ContainerStatuses[0].RestartCount != 0 {
 		t.Errorf("again: %s", podIdentity(p))
 	}
-	eventually(t, 30*time.Second, "the deleted pod to be gone", func(ctx context.Context) (bool, string) {
-		p, err := world.client.CoreV1().Pods(ns).Get(ctx, "deleted", metav1.GetOptions{})
-		return apierrors.IsNotFound(err), fmt.Sprint(p, err)
-	})
+	awaitNoPod(t, ns, "deleted")
 	if _, err := os.Stat(filepath.Join(n.Disk(hooks), "stopped")); err != nil {
 		t.Errorf("the deleted pod did not end gracefully, its preStop hook was left out: %v", err)
 	}
@@ -275,19 +326,11 @@ spec:
   template:
     metadata: {labels: {app: held}}
     spec: {terminationGracePeriodSeconds: 1, nodeSelector: {kubernetes.io/hostname: edge-1}, containers: [{name: c, image: localhost/skerry/demo:1}]}
-`, `
-apiVersion: batch/v1
-kind: Job
-metadata: {name: work}
-spec:
-  backoffLimit: 0
-  template:
-    metadata: {labels: {app: work}}
-    spec: {nodeName: edge-1, restartPolicy: Never, containers: [{name: c, image: localhost/skerry/demo:1, args: [wait-sigterm, --grace, 0s]}]}`)
+`, job)
 	ready(t, ns, "kept")
 	brief := ready(t, ns, "brief")
 	available(t, ns, "held", 2)
-	job := awaitJobPod(t, ns, "work")
+	work := awaitJobPod(t, ns, "work")
 	before := podsByName(t, ns)
 	for _, key := range []string{corev1.TaintNodeNotReady, corev1.TaintNodeUnreachable} {
 		if s := tolerationSeconds(before["kept"], key); s < 365*24*3600 {
@@ -302,16 +345,8 @@ spec:
 
 	restoreLink := cut(t, n, machine.LinkBlackhole)
 	away := time.Now()
-	kill(t, n, job, "SIGTERM") // its work is done
-	var finished time.Time
-	eventually(t, 30*time.Second, "the job's container to end", func(ctx context.Context) (bool, string) {
-		s, err := eye.cri.ContainerStatus(ctx, &cri.ContainerStatusRequest{ContainerId: ran[job.Name].id})
-		if err != nil {
-			return false, err.Error()
-		}
-		finished = time.Unix(0, s.Status.FinishedAt)
-		return s.Status.State == cri.ContainerState_CONTAINER_EXITED, s.Status.State.String()
-	})
+	kill(t, n, work, "SIGTERM") // its work is done
+	finished := eye.awaitExit(t, ran[work.Name])
 	eventually(t, 2*time.Minute, "edge-1 to be Unknown and tainted", func(ctx context.Context) (bool, string) {
 		node, err := world.client.CoreV1().Nodes().Get(ctx, "edge-1", metav1.GetOptions{})
 		if err != nil {
@@ -340,13 +375,12 @@ spec:
 		return time.Since(away) > time.Minute, time.Since(away).String()
 	})
 	still := mustRun(t, eye, ns)
-	delete(ran, job.Name)
+	delete(ran, work.Name)
 	if !sameContainers(ran, still) {
 		t.Errorf("containers changed on the silent node:\n%v\n%v", ran, still)
 	}
 
 	restoreLink()
-	connected(t, n)
 	eventually(t, time.Minute, "edge-1 to have no taints", func(ctx context.Context) (bool, string) {
 		node, err := world.client.CoreV1().Nodes().Get(ctx, "edge-1", metav1.GetOptions{})
 		if err != nil {
@@ -354,10 +388,7 @@ spec:
 		}
 		return len(node.Spec.Taints) == 0, fmt.Sprint(node.Spec.Taints)
 	})
-	eventually(t, time.Minute, "the evicted pod to end", func(ctx context.Context) (bool, string) {
-		p, err := world.client.CoreV1().Pods(ns).Get(ctx, "brief", metav1.GetOptions{})
-		return apierrors.IsNotFound(err), fmt.Sprint(p, err)
-	})
+	awaitNoPod(t, ns, "brief")
 	delete(ran, "brief")
 	for name, c := range ran {
 		p := ready(t, ns, name)
@@ -368,16 +399,18 @@ spec:
 	if now := mustRun(t, eye, ns); !sameContainers(ran, now) {
 		t.Errorf("containers changed with the cloud's return:\n%v\n%v", ran, now)
 	}
-
-	kubectl(t, "wait", "-n", ns, "job/work", "--for=condition=Complete", "--timeout=30s")
-	p := getPod(t, ns, job.Name)
-	if s := p.Status.ContainerStatuses[0].State.Terminated; p.Status.Phase != corev1.PodSucceeded || s == nil || s.ExitCode != 0 || s.FinishedAt.Unix() != finished.Unix() {
-		t.Errorf("the job's container ended at %s; its pod is %s: %+v", finished, p.Status.Phase, s)
-	}
-	if j, err := world.client.BatchV1().Jobs(ns).Get(t.Context(), "work", metav1.GetOptions{}); err != nil || !complete(j) || j.Status.Succeeded != 1 || j.Status.Failed != 0 {
-		t.Errorf("the job: %+v %v", j, err)
-	}
+	jobIsDone(t, ns, work, finished)
 }
+
+const job = `
+apiVersion: batch/v1
+kind: Job
+metadata: {name: work}
+spec:
+  backoffLimit: 0
+  template:
+    metadata: {labels: {app: work}}
+    spec: {nodeName: edge-1, restartPolicy: Never, containers: [{name: c, image: localhost/skerry/demo:1, args: [wait-sigterm, --grace, 0s]}]}`
 
 // fleet runs pods on edge-1 that each need all that a pod is given: a Secret, a
 // ConfigMap and a token.
@@ -486,6 +519,7 @@ func withoutHub(t *testing.T) (restore func() time.Time) {
 				connected(t, n)
 			}
 		}
+		t.Logf("all nodes connected, Ready and all told %.1f s after the hub's start", time.Since(at).Seconds())
 		return at
 	}
 }
@@ -511,7 +545,8 @@ func powerCycle(t *testing.T, n *cluster.Node) {
 	}
 }
 
-// cut takes the node's link until the function it returns.
+// cut takes the node's link until the function it returns, which waits for the
+// node to be connected again.
 func cut(t *testing.T, n *cluster.Node, how machine.LinkCut) (restore func()) {
 	t.Helper()
 	if err := n.CutLink(t.Context(), how); err != nil {
@@ -531,6 +566,9 @@ func cut(t *testing.T, n *cluster.Node, how machine.LinkCut) (restore func()) {
 			t.Fatal(err)
 		}
 		isCut = false
+		since := time.Now()
+		connected(t, n)
+		t.Logf("connected, Ready and all told %.1f s after the link was back", time.Since(since).Seconds())
 	}
 }
 
@@ -568,6 +606,31 @@ func awaitJobPod(t *testing.T, ns, job string) *corev1.Pod {
 	return pod
 }
 
+// jobIsDone checks that the cloud knows of a job that was finished then.
+func jobIsDone(t *testing.T, ns string, pod *corev1.Pod, finished time.Time) {
+	t.Helper()
+	kubectl(t, "wait", "-n", ns, "job/work", "--for=condition=Complete", "--timeout=60s")
+	p := getPod(t, ns, pod.Name)
+	if s := p.Status.ContainerStatuses[0].State.Terminated; p.UID != pod.UID || p.Status.Phase != corev1.PodSucceeded || s == nil || s.ExitCode != 0 || s.FinishedAt.Unix() != finished.Unix() {
+		t.Errorf("the job's container ended at %s; its pod is %s: %+v", finished, p.Status.Phase, s)
+	}
+	j, err := world.client.BatchV1().Jobs(ns).Get(t.Context(), "work", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if j.Status.Succeeded != 1 || j.Status.Failed != 0 {
+		t.Errorf("the job: %+v", j.Status)
+	}
+}
+
+func awaitNoPod(t *testing.T, ns, name string) {
+	t.Helper()
+	eventually(t, time.Minute, "pod "+name+" to be gone", func(ctx context.Context) (bool, string) {
+		p, err := world.client.CoreV1().Pods(ns).Get(ctx, name, metav1.GetOptions{})
+		return apierrors.IsNotFound(err), fmt.Sprint(p, err)
+	})
+}
+
 func podsByName(t *testing.T, ns string) map[string]corev1.Pod {
 	t.Helper()
 	list, err := world.client.CoreV1().Pods(ns).List(t.Context(), metav1.ListOptions{})
@@ -601,12 +664,6 @@ func nodeReady(n *corev1.Node) corev1.ConditionStatus {
 		}
 	}
 	return ""
-}
-
-func complete(j *batchv1.Job) bool {
-	return slices.ContainsFunc(j.Status.Conditions, func(c batchv1.JobCondition) bool {
-		return c.Type == batchv1.JobComplete && c.Status == corev1.ConditionTrue
-	})
 }
 
 // awaitEventBetween waits for an Event about a pod of which the last occurrence
@@ -644,175 +701,4 @@ func load(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return strings.Fields(string(b))[0]
-}
-
-// inspector sees a node's containers as its containerd does, whatever edgecore
-// and the cloud say.
-type inspector struct{ cri cri.RuntimeServiceClient }
-
-// instance is a container; the pods here have one each.
-type instance struct {
-	pod      string
-	uid      types.UID
-	id       string
-	sandbox  string
-	restarts int
-}
-
-// inspect looks into a machine until it is powered off.
-func inspect(t *testing.T, n *cluster.Node) *inspector {
-	t.Helper()
-	conn, err := grpc.NewClient("unix://"+n.ContainerdSocket(), grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	return &inspector{cri.NewRuntimeServiceClient(conn)}
-}
-
-// list returns the namespace's containers in that state, the oldest first.
-func (i *inspector) list(ctx context.Context, ns string, state cri.ContainerState) ([]instance, error) {
-	resp, err := i.cri.ListContainers(ctx, &cri.ListContainersRequest{Filter: &cri.ContainerFilter{
-		State: &cri.ContainerStateValue{State: state}, LabelSelector: map[string]string{"io.kubernetes.pod.namespace": ns}}})
-	if err != nil {
-		return nil, err
-	}
-	slices.SortFunc(resp.Containers, func(a, b *cri.Container) int { return int(a.CreatedAt - b.CreatedAt) })
-	var all []instance
-	for _, c := range resp.Containers {
-		restarts, err := strconv.Atoi(c.Annotations["io.kubernetes.container.restartCount"])
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, instance{c.Labels["io.kubernetes.pod.name"], types.UID(c.Labels["io.kubernetes.pod.uid"]), c.Id, c.PodSandboxId, restarts})
-	}
-	return all, nil
-}
-
-// running returns the running containers by their pods' names. A pod with two
-// is an error.
-func (i *inspector) running(ctx context.Context, ns string) (map[string]instance, error) {
-	all, err := i.list(ctx, ns, cri.ContainerState_CONTAINER_RUNNING)
-	byPod := map[string]instance{}
-	for _, c := range all {
-		if twin, ok := byPod[c.pod]; ok {
-			return nil, fmt.Errorf("pod %s runs twice: %+v and %+v", c.pod, twin, c)
-		}
-		byPod[c.pod] = c
-	}
-	return byPod, err
-}
-
-func (i *inspector) sandboxes(ctx context.Context, ns string) ([]*cri.PodSandbox, error) {
-	resp, err := i.cri.ListPodSandbox(ctx, &cri.ListPodSandboxRequest{Filter: &cri.PodSandboxFilter{
-		State: &cri.PodSandboxStateValue{State: cri.PodSandboxState_SANDBOX_READY}, LabelSelector: map[string]string{"io.kubernetes.pod.namespace": ns}}})
-	return resp.GetItems(), err
-}
-
-func (i *inspector) status(t *testing.T, id string) *cri.ContainerStatus {
-	t.Helper()
-	resp, err := i.cri.ContainerStatus(t.Context(), &cri.ContainerStatusRequest{ContainerId: id})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return resp.Status
-}
-
-func (i *inspector) awaitRunning(t *testing.T, ns string, count int) map[string]instance {
-	t.Helper()
-	var now map[string]instance
-	eventually(t, 2*time.Minute, fmt.Sprintf("%d pods to run on the node", count), func(ctx context.Context) (bool, string) {
-		var err error
-		now, err = i.running(ctx, ns)
-		return err == nil && len(now) == count, fmt.Sprint(len(now), err)
-	})
-	return now
-}
-
-// sample watches a pod's name on the node until the function it returns, which
-// tells the UIDs that ran, in order. A UID that ran beside another is told
-// again.
-func (i *inspector) sample(t *testing.T, ns, pod string) (stop func() []types.UID) {
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	var seen []types.UID
-	go func() {
-		tick := time.NewTicker(10 * time.Millisecond)
-		defer tick.Stop()
-		for {
-			all, err := i.list(ctx, ns, cri.ContainerState_CONTAINER_RUNNING)
-			if ctx.Err() != nil {
-				done <- nil
-				return
-			}
-			if err != nil {
-				done <- err
-				return
-			}
-			for _, c := range all {
-				if c.pod == pod && (len(seen) == 0 || seen[len(seen)-1] != c.uid) {
-					seen = append(seen, c.uid)
-				}
-			}
-			select {
-			case <-ctx.Done():
-			case <-tick.C:
-			}
-		}
-	}()
-	return func() []types.UID {
-		t.Helper()
-		cancel()
-		if err := <-done; err != nil {
-			t.Fatal(err)
-		}
-		return seen
-	}
-}
-
-// file reads a file in a container, through containerd: it needs no network.
-func (i *inspector) file(ctx context.Context, c instance, path string) (string, error) {
-	resp, err := i.cri.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: c.id, Cmd: []string{"/bin/cat", path}, Timeout: 10})
-	if err != nil {
-		return "", err
-	}
-	if resp.ExitCode != 0 {
-		return "", fmt.Errorf("cat %s: exit %d: %s", path, resp.ExitCode, resp.Stderr)
-	}
-	return string(resp.Stdout), nil
-}
-
-func mustRun(t *testing.T, eye *inspector, ns string) map[string]instance {
-	t.Helper()
-	now, err := eye.running(t.Context(), ns)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return now
-}
-
-func startTimes(t *testing.T, eye *inspector, all map[string]instance) (first, last time.Time) {
-	t.Helper()
-	for _, c := range all {
-		at := time.Unix(0, eye.status(t, c.id).StartedAt)
-		if first.IsZero() || at.Before(first) {
-			first = at
-		}
-		if at.After(last) {
-			last = at
-		}
-	}
-	return first, last
-}
-
-func sameContainers(a, b map[string]instance) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for name, c := range a {
-		if b[name].id != c.id {
-			return false
-		}
-	}
-	return true
 }

@@ -176,6 +176,11 @@ func (m *Machine) powerOffLocked(ctx context.Context) error {
 	if b == nil {
 		return nil
 	}
+	// First of all the network: who loses power says goodbye to nobody, while
+	// the kernel of a killed process still ends its connections in order.
+	if err := m.removeLink(ctx); err != nil {
+		return err
+	}
 	// The start time guards against killing a stranger that got the pid.
 	if !b.over() && StartTime(b.pid) == b.startTime {
 		if err := syscall.Kill(b.pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
@@ -191,9 +196,6 @@ func (m *Machine) powerOffLocked(ctx context.Context) error {
 		b.lifeline.Close()
 	}
 	m.boot = nil
-	if err := m.awaitLinkGone(ctx); err != nil {
-		return err
-	}
 	if err := m.removeCgroups(ctx); err != nil {
 		return err
 	}

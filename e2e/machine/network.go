@@ -105,6 +105,17 @@ func (m *Machine) RestoreLink(ctx context.Context) error {
 	return nil
 }
 
+// removeLink takes away the veth pair. Left alone it would go with the network
+// namespace, which connections to a peer out of reach keep for minutes.
+func (m *Machine) removeLink(ctx context.Context) error {
+	m.linkMu.Lock()
+	defer m.linkMu.Unlock()
+	if err := ip(ctx, "link", "del", m.hostLink()); err != nil && linkExists(m.hostLink()) {
+		return fmt.Errorf("machine %s: remove link %s: %w", m.cfg.Name, m.hostLink(), err)
+	}
+	return nil
+}
+
 // awaitLinkGone waits until the kernel has taken away the veth pair: it does
 // so some time after the last process in the network namespace has gone.
 func (m *Machine) awaitLinkGone(ctx context.Context) error {
