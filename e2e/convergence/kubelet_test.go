@@ -26,18 +26,20 @@ type kubelet struct {
 	mu      sync.Mutex
 	rng     *rand.Rand
 	running map[string]string    // name of a pod -> uid of the one that runs
-	ended   map[types.UID]bool   // of pods that it has confirmed
+	ended   map[types.UID]int    // pods that it has confirmed, and in which run
 	last    map[types.UID]string // uid -> message of the last status written
 	landed  map[types.UID]string // uid -> message of the last status that reached the cloud
+	gone    map[types.UID]int    // pods that left after that, and in which run
 	static  map[string]string    // static pods by the name of their mirror -> hash
 	events  map[string]int32     // count of the events written since the start
+	runs    int
 	step    int
 	wrong   []string // rules that were broken
 }
 
 func newKubelet(rng *rand.Rand) *kubelet {
 	return &kubelet{
-		rng: rng, running: map[string]string{}, ended: map[types.UID]bool{}, last: map[types.UID]string{},
+		rng: rng, running: map[string]string{}, ended: map[types.UID]int{}, gone: map[types.UID]int{}, last: map[types.UID]string{},
 		landed: map[types.UID]string{}, static: map[string]string{}, events: map[string]int32{},
 	}
 }
@@ -61,12 +63,13 @@ func (k *kubelet) told(verb string, before, after *corev1.Pod) {
 	uid := before.UID
 	switch {
 	case verb == "status":
-		if after.Status.Message < k.landed[uid] {
+		// A mirror pod stands for whatever static pod has its name now.
+		if after.Status.Message < k.landed[uid] && !isMirror(before) {
 			k.complainLocked("pod %s (%s): status %q reached the cloud after %q", before.Name, uid, after.Status.Message, k.landed[uid])
 		}
 		k.landed[uid] = after.Status.Message
 	case isMirror(before):
-	case !k.ended[uid]:
+	case k.ended[uid] == 0:
 		k.complainLocked("pod %s (%s): the node deleted in the cloud what its kubelet has not ended", before.Name, uid)
 	case before.Status.Message != k.last[uid]:
 		k.complainLocked("pod %s (%s): deleted with status %q, the last one written is %q", before.Name, uid, before.Status.Message, k.last[uid])
@@ -87,6 +90,7 @@ func (k *kubelet) start(t *testing.T, e *edge) (stop func()) {
 	t.Helper()
 	objs, rv := e.store.List("pods", "")
 	k.mu.Lock()
+	k.runs++
 	k.events = map[string]int32{} // those of the last run may be lost with it
 	there := map[string]bool{}
 	for _, o := range objs {
@@ -142,7 +146,9 @@ func (k *kubelet) seenLocked(typ store.EventType, o store.Object) {
 		if runs != "" && runs != o.UID {
 			k.complainLocked("pod %s (%s) came while %s runs", p.Name, o.UID, runs)
 		}
-		if k.ended[p.UID] {
+		// One that a finalizer holds in the cloud is met again by a kubelet that
+		// restarted, as with any API server: as a pod that has ended.
+		if run := k.gone[p.UID]; run == k.runs || run != 0 && (p.DeletionTimestamp == nil || !final(&p)) {
 			k.complainLocked("pod %s (%s) came back after its end", p.Name, o.UID)
 		}
 		if !final(&p) {
@@ -153,8 +159,11 @@ func (k *kubelet) seenLocked(typ store.EventType, o store.Object) {
 			delete(k.running, p.Name)
 		}
 	case store.Deleted:
-		if !k.ended[p.UID] && !final(&p) {
+		if k.ended[p.UID] == 0 && !final(&p) {
 			k.complainLocked("pod %s (%s) went while it runs", p.Name, o.UID)
+		}
+		if k.ended[p.UID] != 0 {
+			k.gone[p.UID] = k.runs
 		}
 		if runs == o.UID {
 			delete(k.running, p.Name)
@@ -242,7 +251,7 @@ func (k *kubelet) report(t *testing.T, e *edge, p *corev1.Pod, phase corev1.PodP
 func (k *kubelet) confirm(t *testing.T, e *edge, p *corev1.Pod) {
 	t.Helper()
 	k.mu.Lock()
-	k.ended[p.UID] = true
+	k.ended[p.UID] = k.runs
 	k.mu.Unlock()
 	grace := int64(0)
 	err := e.client.CoreV1().Pods(ns).Delete(t.Context(), p.Name, metav1.DeleteOptions{
