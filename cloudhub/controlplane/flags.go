@@ -113,8 +113,8 @@ func (p *Plane) apiServerFlags(etcd []string, n names) []string {
 		"--service-account-key-file=" + pki("sa.pub"),
 		"--service-account-signing-key-file=" + pki("sa.key"),
 
-		"--default-not-ready-toleration-seconds=" + strconv.Itoa(forever),
-		"--default-unreachable-toleration-seconds=" + strconv.Itoa(forever),
+		"--default-not-ready-toleration-seconds=" + strconv.FormatInt(forever, 10),
+		"--default-unreachable-toleration-seconds=" + strconv.FormatInt(forever, 10),
 	}
 	if n.advertise != nil {
 		flags = append(flags, "--advertise-address="+n.advertise.String())

@@ -118,7 +118,7 @@ func (u *Upstream) Write(ctx context.Context, node string, w edgeapi.Write) edge
 	defer cancel()
 	u.writes.Add(1)
 	uid, err := u.do(ctx, node, w)
-	if apierrors.IsForbidden(err) && w.Resource == "pods" {
+	if apierrors.IsForbidden(err) && w.Resource == "pods" && w.Op != edgeapi.OpCreate {
 		err = u.explainForbidden(ctx, node, w, err)
 	}
 	if err == nil {
@@ -135,7 +135,11 @@ func (u *Upstream) Write(ctx context.Context, node string, w edgeapi.Write) edge
 	}
 	if res.Code != http.StatusNotFound && res.Code != http.StatusConflict {
 		u.failed.Add(1)
-		u.log.Warn("write refused", "node", node, "op", w.Op, "resource", w.Resource,
+		level := slog.LevelWarn
+		if w.Op == edgeapi.OpEvent {
+			level = slog.LevelDebug // of a namespace that is going, as a rule
+		}
+		u.log.Log(ctx, level, "write refused", "node", node, "op", w.Op, "resource", w.Resource,
 			"namespace", w.Namespace, "name", w.Name, "code", res.Code, "err", err)
 	}
 	return res

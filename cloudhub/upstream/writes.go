@@ -34,18 +34,20 @@ func (u *Upstream) podStatus(ctx context.Context, w edgeapi.Write) (types.UID, e
 	if w.UID != "" && string(cur.UID) != w.UID {
 		return "", moved("pods", w, cur.UID)
 	}
+	return cur.UID, u.assertPodStatus(ctx, cur, &mine)
+}
+
+// assertPodStatus patches cur's status to what the node says.
+func (u *Upstream) assertPodStatus(ctx context.Context, cur, mine *corev1.Pod) error {
 	want := cur.DeepCopy()
 	want.Status = mergePodStatus(cur.Status, mine.Status)
 	patch, err := statusPatch(cur, want, cur.UID)
 	if err != nil || patch == nil {
 		u.countSkip(patch, err)
-		return cur.UID, err
+		return err
 	}
-	got, err := pods.Patch(ctx, w.Name, types.StrategicMergePatchType, patch, metav1.PatchOptions{}, "status")
-	if err != nil {
-		return "", err
-	}
-	return got.UID, nil
+	_, err = u.client.CoreV1().Pods(cur.Namespace).Patch(ctx, cur.Name, types.StrategicMergePatchType, patch, metav1.PatchOptions{}, "status")
+	return err
 }
 
 // mergePodStatus returns the node's status with what the node does not own
@@ -254,12 +256,9 @@ func (u *Upstream) createMirrorPod(ctx context.Context, w edgeapi.Write) (types.
 	if err != nil {
 		return "", err
 	}
-	// A create drops the status; it follows at once.
-	w.UID = ""
-	if _, err := u.podStatus(ctx, w); err != nil {
-		return "", err
-	}
-	return got.UID, nil
+	// A create drops the status; it follows at once, on what the create
+	// returned: the Node authorizer lets a node read a pod a moment later only.
+	return got.UID, u.assertPodStatus(ctx, got, &p)
 }
 
 // deletePod confirms that a pod has ended on the node.

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -26,7 +27,7 @@ type HubConfig struct {
 	Programs Programs // required
 	Listen   string   // for edge nodes; empty means a free port on all addresses
 	API      string   // of the API server; empty means a free port on loopback
-	Names    []string // server names besides 127.0.0.1 and localhost
+	Names    []string // server names before 127.0.0.1 and localhost
 	Args     []string // further flags
 	Env      []string // added to this process's environment
 	// Detach lets the hub outlive this process.
@@ -112,7 +113,8 @@ func (h *Hub) readyz(ctx context.Context) bool {
 }
 
 func (h *Hub) start() error {
-	names := append([]string{"127.0.0.1", "localhost"}, h.cfg.Names...)
+	// The first is the one that join commands name.
+	names := append(slices.Clone(h.cfg.Names), "127.0.0.1", "localhost")
 	args := append([]string{"standalone", "--data-dir", h.DataDir(), "--listen", h.cfg.Listen,
 		"--apiserver-listen", h.cfg.API, "--server-names", strings.Join(names, ",")}, h.cfg.Args...)
 	p, err := startProcess(h.cfg.Programs.Cloudhub, args, h.cfg.Env, h.LogPath(), h.cfg.Detach)
