@@ -52,6 +52,10 @@ type Link struct {
 	mu      sync.Mutex
 	state   State
 	session *tunnel.Session // while connected
+	talk    *talk           // the conversation under way
+
+	// Owned by the conversation under way.
+	registered bool // this process has met the hub's set once
 }
 
 // State is what a Link knows about itself.
@@ -59,7 +63,7 @@ type State struct {
 	Connected bool
 	Since     time.Time // of the present state
 	LastSync  time.Time // when the store was last known to be in step
-	LastError string    // why the last tunnel ended or could not be made
+	LastError string    // why the last tunnel ended or could not be made, until one is in step
 	Hub       string    // the hub's version, once connected
 	Tunnel    tunnel.Stats
 
@@ -78,7 +82,12 @@ func New(cfg Config) (*Link, error) {
 	l := &Link{cfg: cfg, log: cfg.Log, firstSync: make(chan struct{}), state: State{Since: time.Now()}}
 	told := cfg.Dialer.Retry
 	cfg.Dialer.Retry = func(err error, wait time.Duration) error {
-		l.setError(err)
+		// A tunnel that was closed here was closed for a reason, which is noted
+		// already.
+		var closed *tunnel.CloseError
+		if !errors.As(err, &closed) || closed.Remote {
+			l.setError(err)
+		}
 		if told != nil {
 			return told(err, wait)
 		}
@@ -112,6 +121,9 @@ func (l *Link) State() State {
 	s := l.state
 	if l.session != nil {
 		s.Tunnel = l.session.Stats()
+	}
+	if l.talk != nil {
+		l.talk.countInto(&s)
 	}
 	return s
 }
@@ -204,7 +216,7 @@ func (l *Link) connected(s *tunnel.Session) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.session = s
-	l.state.Connected, l.state.Since, l.state.LastError = true, time.Now(), ""
+	l.state.Connected, l.state.Since = true, time.Now()
 	l.log.Info("connected to the hub", "url", l.cfg.Dialer.URL)
 }
 

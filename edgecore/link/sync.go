@@ -2,6 +2,7 @@ package link
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -66,16 +67,70 @@ func (f *inFlight) give(id uint64) bool {
 	return ok
 }
 
-// sync holds the sync conversation (see edgeapi) until the tunnel ends.
+// talk is one sync conversation. There is one at a time: while a tunnel is
+// drained another runs beside it, and what the older conversation took from the
+// outbox would have no answer.
+type talk struct {
+	conn   *edgeapi.Conn
+	cancel context.CancelCauseFunc
+	done   chan struct{}
+}
+
+var errSuperseded = errors.New("the sync goes on over a newer tunnel")
+
+func (k *talk) countInto(s *State) {
+	rawOut, wireOut, rawIn, wireIn := k.conn.Bytes()
+	s.RawOut += rawOut
+	s.WireOut += wireOut
+	s.RawIn += rawIn
+	s.WireIn += wireIn
+}
+
+// sync holds the sync conversation until the tunnel ends or a newer one takes
+// it over.
 func (l *Link) sync(ctx context.Context, s *tunnel.Session) error {
 	st, err := s.Open(ctx, tunnel.OpenRequest{Kind: edgeapi.KindSync, Class: tunnel.ClassSync})
 	if err != nil {
 		return fmt.Errorf("open the sync stream: %w", err)
 	}
 	defer st.Close()
-	defer context.AfterFunc(ctx, func() { st.Reset(tunnel.CodeCancelled) })()
+	ctx, cancel := context.WithCancelCause(ctx)
+	k := &talk{conn: edgeapi.NewConn(st), cancel: cancel, done: make(chan struct{})}
+	defer l.end(k)
+	l.begin(k)
+	err = l.converse(ctx, st, k.conn)
+	if errors.Is(context.Cause(ctx), errSuperseded) {
+		return nil // the tunnel's other streams may finish
+	}
+	return err
+}
 
-	conn := edgeapi.NewConn(st)
+// begin ends the conversation before k and waits for its end.
+func (l *Link) begin(k *talk) {
+	l.mu.Lock()
+	older := l.talk
+	l.talk = k
+	l.mu.Unlock()
+	if older != nil {
+		older.cancel(errSuperseded)
+		<-older.done
+	}
+}
+
+func (l *Link) end(k *talk) {
+	k.cancel(nil)
+	close(k.done)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	k.countInto(&l.state)
+	if l.talk == k {
+		l.talk = nil
+	}
+}
+
+// converse holds a conversation, see edgeapi.
+func (l *Link) converse(ctx context.Context, st *tunnel.Stream, conn *edgeapi.Conn) error {
+	defer context.AfterFunc(ctx, func() { st.Reset(tunnel.CodeCancelled) })()
 	// A hub that takes the stream and says nothing is left for another try.
 	if err := st.SetReadDeadline(time.Now().Add(greetTimeout)); err != nil {
 		return err
@@ -108,15 +163,6 @@ func (l *Link) sync(ctx context.Context, s *tunnel.Session) error {
 	}
 	g.Go(send(store.LaneState, flight.states))
 	g.Go(send(store.LaneEvents, flight.events))
-	defer func() {
-		rawOut, wireOut, rawIn, wireIn := conn.Bytes()
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		l.state.RawOut += rawOut
-		l.state.WireOut += wireOut
-		l.state.RawIn += rawIn
-		l.state.WireIn += wireIn
-	}()
 	return g.Wait()
 }
 
@@ -185,8 +231,12 @@ func (l *Link) receive(ctx context.Context, conn *edgeapi.Conn, flight *inFlight
 			if err := conn.Send(edgeapi.Ack{Seq: m.Seq}); err != nil {
 				return fmt.Errorf("acknowledge delta %d: %w", m.Seq, err)
 			}
-			l.inStep()
+			if m.Synced || synced == nil {
+				l.inStep()
+			}
+			l.registerAgain(ctx, m)
 			if m.Synced && synced != nil {
+				l.registered = true
 				l.syncOnce.Do(func() { close(l.firstSync) })
 				l.assertStatuses(ctx)
 				close(synced)
@@ -208,7 +258,32 @@ func (l *Link) receive(ctx context.Context, conn *edgeapi.Conn, flight *inFlight
 func (l *Link) inStep() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.state.LastSync = time.Now()
+	l.state.LastSync, l.state.LastError = time.Now(), ""
+}
+
+// registerAgain makes the Node anew that was deleted in the cloud before this
+// process began. The kubelet itself would not: the store has the Node, which
+// it takes for registered.
+func (l *Link) registerAgain(ctx context.Context, m edgeapi.Delta) {
+	for _, it := range m.Deletes {
+		if it.Resource != "nodes" {
+			continue
+		}
+		if l.registered {
+			l.log.Warn("this node's Node object was deleted in the cloud; restart edgecore to register it again, or run edgecore reset to retire the node", "node", it.Name)
+			continue
+		}
+		l.log.Info("this node's Node object was deleted in the cloud; registering it again", "node", it.Name)
+		err := l.cfg.Store.Local(ctx, func(tx *store.Tx) error {
+			if o, ok := tx.Get(keyOf(it.Ref)); ok {
+				tx.MarkDirty(store.Mark{Op: store.OpCreate, Key: o.Key, UID: o.UID})
+			}
+			return nil
+		})
+		if err != nil {
+			l.log.Error("registration not queued", "err", err)
+		}
+	}
 }
 
 // delta translates what came over the wire. A Node that was deleted in the
@@ -218,8 +293,7 @@ func (l *Link) delta(m edgeapi.Delta) store.Delta {
 	var d store.Delta
 	for _, it := range m.Deletes {
 		if it.Resource == "nodes" {
-			l.log.Warn("this node's Node object was deleted in the cloud; restart edgecore to register it again, or run edgecore reset to retire the node", "node", it.Name)
-			continue
+			continue // see registerAgain
 		}
 		d.Deletions = append(d.Deletions, store.Deletion{Key: keyOf(it.Ref), UID: it.UID})
 	}
