@@ -40,6 +40,8 @@ func NewCloudTokens(l *Link) *CloudTokens {
 		MaxConnsPerHost:     4,
 		IdleConnTimeout:     idleAPIConn,
 		DisableCompression:  true,
+
+		MaxResponseHeaderBytes: 64 << 10,
 	}}}
 }
 
@@ -64,7 +66,10 @@ func (c *CloudTokens) CreateToken(ctx context.Context, namespace, serviceAccount
 		return nil, fmt.Errorf("request a token for %s/%s: %w", namespace, serviceAccount, err)
 	}
 	defer res.Body.Close()
-	answer, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer))
+	answer, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer+1))
+	if len(answer) > maxAnswer {
+		err = fmt.Errorf("the answer exceeds the limit of %d bytes", maxAnswer)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("request a token for %s/%s: %w", namespace, serviceAccount, err)
 	}
