@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -18,6 +19,22 @@ import (
 	"github.com/skerry-io/skerry/tunnel/edgeapi"
 )
 
+// merges is how often a status is merged anew after somebody else wrote in
+// between.
+const merges = 5
+
+// merged repeats a read, a merge and a patch until nobody wrote in between: a
+// difference to a state that is no more would mix two states.
+func merged(merge func() (types.UID, error)) (uid types.UID, err error) {
+	for range merges {
+		if uid, err = merge(); !apierrors.IsConflict(err) || errors.As(err, new(*movedError)) {
+			return uid, err
+		}
+	}
+	// The object is there: the write is not void, only too late this time.
+	return "", apierrors.NewServiceUnavailable("the object changes too fast: " + err.Error())
+}
+
 // podStatus asserts a pod's status as the node sees it. Like the kubelet's own
 // status manager it reads the pod, then patches the difference: conditions and
 // fields that others own stay as they are.
@@ -26,6 +43,10 @@ func (u *Upstream) podStatus(ctx context.Context, w edgeapi.Write) (types.UID, e
 	if err := decode(w, &mine); err != nil {
 		return "", err
 	}
+	return merged(func() (types.UID, error) { return u.mergePod(ctx, w, mine) })
+}
+
+func (u *Upstream) mergePod(ctx context.Context, w edgeapi.Write, mine corev1.Pod) (types.UID, error) {
 	pods := u.client.CoreV1().Pods(w.Namespace)
 	cur, err := pods.Get(ctx, w.Name, metav1.GetOptions{})
 	if err != nil {
@@ -41,7 +62,7 @@ func (u *Upstream) podStatus(ctx context.Context, w edgeapi.Write) (types.UID, e
 func (u *Upstream) assertPodStatus(ctx context.Context, cur, mine *corev1.Pod) error {
 	want := cur.DeepCopy()
 	want.Status = mergePodStatus(cur.Status, mine.Status)
-	patch, err := statusPatch(cur, want, cur.UID)
+	patch, err := statusPatch(cur, want, cur.ObjectMeta)
 	if err != nil || patch == nil {
 		u.countSkip(patch, err)
 		return err
@@ -88,6 +109,10 @@ func (u *Upstream) nodeStatus(ctx context.Context, node string, w edgeapi.Write)
 	if err := decode(w, &mine); err != nil {
 		return "", err
 	}
+	return merged(func() (types.UID, error) { return u.mergeNode(ctx, node, w, mine) })
+}
+
+func (u *Upstream) mergeNode(ctx context.Context, node string, w edgeapi.Write, mine corev1.Node) (types.UID, error) {
 	nodes := u.client.CoreV1().Nodes()
 	cur, err := nodes.Get(ctx, w.Name, metav1.GetOptions{})
 	if err != nil {
@@ -101,7 +126,7 @@ func (u *Upstream) nodeStatus(ctx context.Context, node string, w edgeapi.Write)
 	}
 	want.Labels = mergeOwned(cur.Labels, mine.Labels)
 	want.Annotations = mergeOwned(cur.Annotations, mine.Annotations)
-	patch, err := statusPatch(cur, want, cur.UID)
+	patch, err := statusPatch(cur, want, cur.ObjectMeta)
 	if err != nil || patch == nil {
 		u.countSkip(patch, err)
 		return cur.UID, err
@@ -337,9 +362,14 @@ func fresh(m *metav1.ObjectMeta) {
 	m.ManagedFields, m.SelfLink = nil, ""
 }
 
+// movedError is a conflict that no new merge mends.
+type movedError struct{ *apierrors.StatusError }
+
+func (e *movedError) Unwrap() error { return e.StatusError }
+
 func moved(resource string, w edgeapi.Write, now types.UID) error {
-	return apierrors.NewConflict(corev1.Resource(resource), w.Name,
-		fmt.Errorf("the object has UID %s now, the write is for %s", now, w.UID))
+	return &movedError{apierrors.NewConflict(corev1.Resource(resource), w.Name,
+		fmt.Errorf("the object has UID %s now, the write is for %s", now, w.UID))}
 }
 
 func (u *Upstream) countSkip(patch []byte, err error) {
@@ -348,9 +378,10 @@ func (u *Upstream) countSkip(patch []byte, err error) {
 	}
 }
 
-// statusPatch returns the strategic merge patch from cur to want with the UID
-// as its precondition, or nil if there is no difference.
-func statusPatch[T any](cur, want *T, uid types.UID) ([]byte, error) {
+// statusPatch returns the strategic merge patch from cur to want, or nil if
+// there is no difference. Its precondition is cur: a request that a broken
+// connection left behind must not land on what a later one wrote.
+func statusPatch[T any](cur, want *T, at metav1.ObjectMeta) ([]byte, error) {
 	old, err := json.Marshal(cur)
 	if err != nil {
 		return nil, err
@@ -378,7 +409,7 @@ func statusPatch[T any](cur, want *T, uid types.UID) ([]byte, error) {
 	if md == nil {
 		md = map[string]any{}
 	}
-	md["uid"] = string(uid)
+	md["uid"], md["resourceVersion"] = string(at.UID), at.ResourceVersion
 	m["metadata"] = md
 	return json.Marshal(m)
 }
