@@ -107,7 +107,13 @@ func (c *cloud) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		roll := c.rng.IntN(200)
 		fail := roll < c.failures
 		lose = !fail && roll < 2*c.failures
+		var linger time.Duration
+		if c.failures > 0 && c.rng.IntN(10) == 0 {
+			linger = time.Duration(c.rng.IntN(40)) * time.Millisecond
+		}
 		c.mu.Unlock()
+		// A request may outlive the connection it came over.
+		time.Sleep(linger)
 		if fail {
 			answerError(w, apierrors.NewInternalError(fmt.Errorf("the model fails this write")))
 			return

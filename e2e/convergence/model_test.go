@@ -21,7 +21,7 @@ import (
 
 var (
 	seedFlag  = flag.Uint64("seed", 0, "run the model test with this seed only")
-	stepsFlag = flag.Int("steps", 700, "steps of a model test run")
+	stepsFlag = flag.Int("steps", 3000, "steps of a model test run")
 	runsFlag  = flag.Int("runs", 3, "model test runs, each with a seed of its own")
 )
 
@@ -120,6 +120,9 @@ func (w *world) start() {
 
 // step is one thing that happens.
 func (w *world) step() {
+	if w.wire.down.Load() && w.rng.IntN(30) == 0 {
+		w.wire.down.Store(false)
+	}
 	switch roll := w.rng.IntN(100); {
 	case roll < 45:
 		w.k.act(w.t, w.edge)
@@ -134,9 +137,11 @@ func (w *world) step() {
 		w.wire.breakNow()
 		w.breaks++
 	case roll < 99:
-		w.wire.down.Store(!w.wire.down.Load())
-		w.wire.breakNow()
-		w.breaks++
+		// Offline for about thirty steps, online for about a hundred.
+		if w.wire.down.Store(!w.wire.down.Load()); w.wire.down.Load() {
+			w.wire.breakNow()
+			w.breaks++
+		}
 	case w.rng.IntN(3) == 0:
 		w.stop()
 		w.edge.stop(w.t)
