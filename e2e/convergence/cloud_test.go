@@ -108,8 +108,8 @@ func (c *cloud) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		fail := roll < c.failures
 		lose = !fail && roll < 2*c.failures
 		var linger time.Duration
-		if c.failures > 0 && c.rng.IntN(10) == 0 {
-			linger = time.Duration(c.rng.IntN(40)) * time.Millisecond
+		if c.failures > 0 && c.rng.IntN(25) == 0 {
+			linger = time.Duration(c.rng.IntN(200)) * time.Millisecond
 		}
 		c.mu.Unlock()
 		// A request may outlive the connection it came over.

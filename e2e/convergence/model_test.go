@@ -154,9 +154,21 @@ func (w *world) heal() {
 	w.cloud.mu.Lock()
 	w.cloud.failures = 0
 	w.cloud.mu.Unlock()
+	// A last outage, in which the cloud's controllers write over every status
+	// while the kubelet has nothing new to say.
 	w.wire.left.Store(-1)
-	w.wire.down.Store(false)
-	w.wire.breakNow() // what waits to be tried again goes at once
+	w.wire.down.Store(true)
+	w.wire.breakNow()
+	for deadline := time.Now().Add(20 * time.Second); len(w.hub.edges.Nodes()) > 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			w.t.Fatal("the hub keeps a tunnel that is cut")
+		}
+	}
+	w.nodeIsAway(key{"nodes", "", nodeName})
+	for k := range w.cloud.all("pods") {
+		w.nodeIsAway(k)
+	}
+	w.wire.down.Store(false) // what waits to be tried again goes at once
 	for k := range w.cloud.all("pods") {
 		w.cloud.edit(k, func(o object) { o.SetFinalizers(nil) })
 	}
@@ -208,21 +220,28 @@ func (w *world) cloudActs() {
 			n.Spec.Unschedulable = !n.Spec.Unschedulable
 		})
 	case w.wire.down.Load(): // the node lifecycle controller, of a node that is away
-		w.cloud.disturb(key{"nodes", "", nodeName}, func(o object) {
-			n := o.(*corev1.Node)
-			for i := range n.Status.Conditions {
-				n.Status.Conditions[i].Status = corev1.ConditionUnknown
+		w.nodeIsAway(key{"nodes", "", nodeName})
+		w.nodeIsAway(pod)
+	}
+}
+
+// nodeIsAway writes what the node lifecycle controller does over the status of
+// a node that it does not hear of, or of its pod.
+func (w *world) nodeIsAway(k key) {
+	w.cloud.disturb(k, func(o object) {
+		switch o := o.(type) {
+		case *corev1.Node:
+			for i := range o.Status.Conditions {
+				o.Status.Conditions[i].Status = corev1.ConditionUnknown
 			}
-		})
-		w.cloud.disturb(pod, func(o object) {
-			p := o.(*corev1.Pod)
-			for i := range p.Status.Conditions {
-				if p.Status.Conditions[i].Type == corev1.PodReady {
-					p.Status.Conditions[i].Status = corev1.ConditionFalse
+		case *corev1.Pod:
+			for i := range o.Status.Conditions {
+				if o.Status.Conditions[i].Type == corev1.PodReady {
+					o.Status.Conditions[i].Status = corev1.ConditionFalse
 				}
 			}
-		})
-	}
+		}
+	})
 }
 
 func (w *world) changeData(k key, word string) {
