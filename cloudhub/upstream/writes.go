@@ -283,7 +283,10 @@ func (u *Upstream) createMirrorPod(ctx context.Context, w edgeapi.Write) (types.
 	}
 	// A create drops the status; it follows at once, on what the create
 	// returned: the Node authorizer lets a node read a pod a moment later only.
-	return got.UID, u.assertPodStatus(ctx, got, &p)
+	if err = u.assertPodStatus(ctx, got, &p); apierrors.IsConflict(err) {
+		err = apierrors.NewServiceUnavailable("the mirror pod changed meanwhile: " + err.Error())
+	}
+	return got.UID, err
 }
 
 // deletePod confirms that a pod has ended on the node.
