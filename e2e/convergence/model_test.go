@@ -81,7 +81,7 @@ func run(t *testing.T, seed uint64) {
 		}
 	}
 	w.heal()
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(12 * time.Second)
 	for {
 		w.k.finish(t, w.edge)
 		diff := w.difference()
