@@ -1,9 +1,11 @@
 package upstream
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -61,7 +63,7 @@ func (u *Upstream) relayHandler(node string) http.Handler {
 				}
 			}
 		},
-		Transport: u.direct,
+		Transport: patient{u.direct},
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
 			refuse(w, http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable,
 				"the hub could not reach the API server: "+err.Error())
@@ -85,6 +87,62 @@ func (u *Upstream) relayHandler(node string) http.Handler {
 			proxy.ServeHTTP(w, r.WithContext(ctx))
 		}
 	})
+}
+
+// patient asks again when the Node authorizer does not know yet what the feed
+// has told the node already: its graph follows the API server's own watch, and
+// a pod that has just been bound is another's to it for some milliseconds. A
+// kubelet that is refused a token waits much longer before it asks again.
+type patient struct{ next http.RoundTripper }
+
+const (
+	graphLag   = time.Second // how long an answer is worth asking for again
+	graphRetry = 40 * time.Millisecond
+	// maxReplay bounds the request bodies that are kept for it, and the
+	// answers that are looked at.
+	maxReplay = 16 << 10
+)
+
+func (p patient) RoundTrip(req *http.Request) (*http.Response, error) {
+	var body []byte
+	if req.Body != nil && req.Body != http.NoBody {
+		if req.ContentLength < 0 || req.ContentLength > maxReplay {
+			return p.next.RoundTrip(req)
+		}
+		var err error
+		body, err = io.ReadAll(req.Body)
+		req.Body.Close()
+		if err != nil {
+			return nil, err
+		}
+	}
+	for until := time.Now().Add(graphLag); ; {
+		if body != nil {
+			req.Body = io.NopCloser(bytes.NewReader(body))
+		}
+		res, err := p.next.RoundTrip(req)
+		if err != nil || res.StatusCode != http.StatusForbidden {
+			return res, err
+		}
+		answer, err := io.ReadAll(io.LimitReader(res.Body, maxReplay))
+		if err != nil {
+			res.Body.Close()
+			return nil, err
+		}
+		if !bytes.Contains(answer, []byte("no relationship found between node")) || time.Now().After(until) {
+			res.Body = struct {
+				io.Reader
+				io.Closer
+			}{io.MultiReader(bytes.NewReader(answer), res.Body), res.Body}
+			return res, nil
+		}
+		res.Body.Close()
+		select {
+		case <-time.After(graphRetry):
+		case <-req.Context().Done():
+			return nil, req.Context().Err()
+		}
+	}
 }
 
 func refuse(w http.ResponseWriter, code int, reason metav1.StatusReason, msg string) {
