@@ -31,19 +31,24 @@ type inFlight struct {
 	states, events chan struct{}
 
 	mu sync.Mutex
-	by map[uint64]chan struct{} // write ID to its window
+	by map[uint64]sent // by write ID
+}
+
+type sent struct {
+	op     store.Op
+	window chan struct{}
 }
 
 func newInFlight() *inFlight {
 	return &inFlight{
 		states: make(chan struct{}, statesInFlight),
 		events: make(chan struct{}, eventsInFlight),
-		by:     map[uint64]chan struct{}{},
+		by:     map[uint64]sent{},
 	}
 }
 
 // take waits for room in the window.
-func (f *inFlight) take(ctx context.Context, window chan struct{}, id uint64) error {
+func (f *inFlight) take(ctx context.Context, window chan struct{}, p store.Pending) error {
 	select {
 	case window <- struct{}{}:
 	case <-ctx.Done():
@@ -51,20 +56,21 @@ func (f *inFlight) take(ctx context.Context, window chan struct{}, id uint64) er
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.by[id] = window
+	f.by[p.ID] = sent{p.Op, window}
 	return nil
 }
 
-// give makes room; false if no such write is in flight.
-func (f *inFlight) give(id uint64) bool {
+// give makes room and tells what the write was; false if none such is in
+// flight.
+func (f *inFlight) give(id uint64) (store.Op, bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	window, ok := f.by[id]
+	w, ok := f.by[id]
 	if ok {
 		delete(f.by, id)
-		<-window
+		<-w.window
 	}
-	return ok
+	return w.op, ok
 }
 
 // talk is one sync conversation. There is one at a time: while a tunnel is
@@ -243,10 +249,11 @@ func (l *Link) receive(ctx context.Context, conn *edgeapi.Conn, flight *inFlight
 				synced = nil
 			}
 		case edgeapi.WriteResult:
-			if !flight.give(m.ID) {
+			op, ok := flight.give(m.ID)
+			if !ok {
 				return fmt.Errorf("result of write %d that was not sent", m.ID)
 			}
-			l.result(m)
+			l.result(op, m)
 		case edgeapi.Goodbye:
 			return &goodbyeError{m}
 		default:
@@ -338,7 +345,7 @@ func (l *Link) send(ctx context.Context, conn *edgeapi.Conn, lane store.Lane, fl
 			return err
 		}
 		for _, p := range batch {
-			if err := flight.take(ctx, window, p.ID); err != nil {
+			if err := flight.take(ctx, window, p); err != nil {
 				return err
 			}
 			uid := p.UID
@@ -357,11 +364,17 @@ func (l *Link) send(ctx context.Context, conn *edgeapi.Conn, lane store.Lane, fl
 }
 
 // result takes the API server's answer to a write.
-func (l *Link) result(m edgeapi.WriteResult) {
+func (l *Link) result(op store.Op, m edgeapi.WriteResult) {
 	box := l.cfg.Store.Outbox()
 	switch {
 	case m.Code >= 200 && m.Code < 300:
 		box.Done(m.ID)
+	case op == store.OpCreate && m.Code != 400 && m.Code != 422:
+		// What stands in the way of a create goes: an older mirror pod that is
+		// being deleted, a namespace that is not made yet. The kubelet has its
+		// object and does not try again.
+		l.log.Info("create failed, will be tried again", "id", m.ID, "code", m.Code, "reason", m.Message)
+		box.Retry(m.ID)
 	case m.Code == 404 || m.Code == 409 || m.Code == 410:
 		// The object moved on; the feed tells how.
 		l.log.Debug("write is void", "id", m.ID, "code", m.Code, "reason", m.Message)
