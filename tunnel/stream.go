@@ -148,10 +148,14 @@ func (st *Stream) Write(p []byte) (int, error) {
 	s.activateLocked(st)
 	var err error
 	for len(st.pend) > 0 && err == nil {
-		if !st.sendableLocked() || !s.writeInlineLocked() {
-			s.kickLocked(false)
-			st.wcond.Wait()
+		wrote := st.sendableLocked() && s.writeInlineLocked()
+		// The lock was free while that wrote: the stream may have ended, or
+		// somebody may have sent the rest, and have told nobody who waits.
+		if err = st.writeErrLocked(); wrote || err != nil || len(st.pend) == 0 {
+			continue
 		}
+		s.kickLocked(false)
+		st.wcond.Wait()
 		err = st.writeErrLocked()
 	}
 	n := len(p) - len(st.pend)
