@@ -7,11 +7,14 @@ import (
 	"io"
 	"net"
 	"sort"
+	"strconv"
 	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 
 	"github.com/skerry-io/skerry/tunnel/edgeapi"
 )
@@ -32,6 +35,13 @@ const (
 	// greetTimeout is how long a node may take for its Hello and inventory: a
 	// hundred thousand items over a slow link.
 	greetTimeout = 2 * time.Minute
+
+	// nodeFirst is the lead that a change of the Node gets before new pods: the
+	// kubelet learns of the two over different watches of its own.
+	nodeFirst = 50 * time.Millisecond
+
+	// readNode bounds the reading of a Node before its new pods are sent.
+	readNode = 2 * time.Second
 
 	// gather is how long changes are collected into one delta: a Deployment's
 	// pods, or a pod and the ConfigMap made a moment later, go together.
@@ -56,6 +66,7 @@ type conversation struct {
 	needed  map[edgeapi.Ref]int           // how many objects refer to it
 	seq     uint64
 	unacked int
+	fresh   *corev1.Node // read from the API server, if newer than the informer's
 }
 
 type have struct{ uid, rev string }
@@ -284,6 +295,10 @@ func (c *conversation) send(ctx context.Context) error {
 
 // deliver sends the differences among refs, in batches.
 func (c *conversation) deliver(ctx context.Context, refs map[edgeapi.Ref]struct{}, synced bool) error {
+	newPods := c.newPods(refs)
+	if newPods {
+		c.refreshNode(ctx, refs)
+	}
 	c.follow(refs)
 	ordered := make([]edgeapi.Ref, 0, len(refs))
 	for ref := range refs {
@@ -307,11 +322,20 @@ func (c *conversation) deliver(ctx context.Context, refs map[edgeapi.Ref]struct{
 	})
 	var delta edgeapi.Delta
 	size := 0
+	nodeChanged := false
 	for _, ref := range ordered {
+		if ref.Resource == "pods" && newPods && nodeChanged {
+			if err := c.lead(ctx, delta); err != nil {
+				return err
+			}
+			delta, size, nodeChanged = edgeapi.Delta{}, 0, false
+		}
+		before := len(delta.Upserts)
 		n, err := c.difference(ref, &delta)
 		if err != nil {
 			return err
 		}
+		nodeChanged = nodeChanged || ref.Resource == "nodes" && len(delta.Upserts) > before
 		if size += n; size >= edgeapi.BatchBytes {
 			if err := c.sendDelta(ctx, delta); err != nil {
 				return err
@@ -324,6 +348,70 @@ func (c *conversation) deliver(ctx context.Context, refs map[edgeapi.Ref]struct{
 		return nil
 	}
 	return c.sendDelta(ctx, delta)
+}
+
+// newPods tells whether a pod among refs is new to the node.
+func (c *conversation) newPods(refs map[edgeapi.Ref]struct{}) bool {
+	for ref := range refs {
+		if ref.Resource != "pods" {
+			continue
+		}
+		if obj := c.f.lookup(ref, c.node); obj != nil && string(obj.(metav1.Object).GetUID()) != c.sent[ref].uid {
+			return true
+		}
+	}
+	return false
+}
+
+// refreshNode reads the Node before new pods are sent. The scheduler may have
+// bound them because a taint went, and the informer for Nodes may be behind the
+// one for pods; a kubelet that still sees the taint fails the pod for good.
+func (c *conversation) refreshNode(ctx context.Context, refs map[edgeapi.Ref]struct{}) {
+	ctx, cancel := context.WithTimeout(ctx, readNode)
+	defer cancel()
+	n, err := c.f.client.CoreV1().Nodes().Get(ctx, c.node, metav1.GetOptions{})
+	if err != nil {
+		return // not registered yet, or the informer's has to do
+	}
+	n.ManagedFields = nil
+	c.fresh = n
+	refs[edgeapi.Ref{Resource: "nodes", Name: c.node}] = struct{}{}
+}
+
+// lookup is the feed's, except for a Node that was read since.
+func (c *conversation) lookup(ref edgeapi.Ref) runtime.Object {
+	obj := c.f.lookup(ref, c.node)
+	if ref.Resource != "nodes" || c.fresh == nil {
+		return obj
+	}
+	if n, ok := obj.(*corev1.Node); ok && n.UID == c.fresh.UID && olderThan(n.ResourceVersion, c.fresh.ResourceVersion) {
+		return c.fresh
+	}
+	c.fresh = nil // the informer has caught up
+	return obj
+}
+
+// olderThan compares resourceVersions of one resource of one API server, which
+// are numbers (KEP-5504).
+func olderThan(a, b string) bool {
+	x, errX := strconv.ParseUint(a, 10, 64)
+	y, errY := strconv.ParseUint(b, 10, 64)
+	return errX == nil && errY == nil && x < y
+}
+
+// lead sends what stands before new pods, and gives the kubelet time to see it.
+func (c *conversation) lead(ctx context.Context, d edgeapi.Delta) error {
+	if err := c.sendDelta(ctx, d); err != nil {
+		return err
+	}
+	timer := time.NewTimer(nodeFirst)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
 }
 
 // follow brings what the objects refer to up to date and adds to refs what is
@@ -384,7 +472,7 @@ func (c *conversation) wants(ref edgeapi.Ref) bool {
 func (c *conversation) difference(ref edgeapi.Ref, delta *edgeapi.Delta) (int, error) {
 	had, has := c.sent[ref]
 	if c.wants(ref) {
-		if obj := c.f.lookup(ref, c.node); obj != nil {
+		if obj := c.lookup(ref); obj != nil {
 			uid := string(obj.(metav1.Object).GetUID())
 			rev, err := revision(obj)
 			if err != nil {

@@ -52,8 +52,9 @@ type Writer interface {
 
 // Feed is safe for concurrent use.
 type Feed struct {
-	agent string
-	log   *slog.Logger
+	client kubernetes.Interface
+	agent  string
+	log    *slog.Logger
 
 	// Immutable after New.
 	sources   []*source // in the order in which a delta carries them
@@ -101,6 +102,7 @@ func New(cfg Config) (*Feed, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	f := &Feed{
+		client: cfg.Client,
 		agent:  cfg.Agent,
 		log:    cfg.Log,
 		ready:  make(chan struct{}),

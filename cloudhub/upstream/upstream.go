@@ -112,9 +112,11 @@ func New(cfg Config) (*Upstream, error) {
 	}, nil
 }
 
-// Write does one write of the node and returns the API server's answer.
+// Write does one write of the node and returns the API server's answer. It goes
+// on when ctx ends: a request that was given up may still take effect, after a
+// newer write of the same object.
 func (u *Upstream) Write(ctx context.Context, node string, w edgeapi.Write) edgeapi.WriteResult {
-	ctx, cancel := context.WithTimeout(withNode(ctx, node), u.timeout)
+	ctx, cancel := context.WithTimeout(withNode(context.WithoutCancel(ctx), node), u.timeout)
 	defer cancel()
 	u.writes.Add(1)
 	uid, err := u.do(ctx, node, w)
