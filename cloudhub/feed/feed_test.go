@@ -487,3 +487,44 @@ func BenchmarkFirstSync100Pods(b *testing.B) {
 		mine.Close()
 	}
 }
+
+func TestAChangedNodeLeadsItsNewPods(t *testing.T) {
+	client, f := start(t, world()...)
+	e := connect(t, f, "edge-1", nil)
+	e.sync()
+	ctx := t.Context()
+	n, err := client.CoreV1().Nodes().Get(ctx, "edge-1", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Labels, n.ResourceVersion = map[string]string{"untainted": "yes"}, "2"
+	if _, err := client.CoreV1().Nodes().Update(ctx, n, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	create(t, client, pod("drawn", "edge-1", "p7"))
+	led := false
+	for !e.has("pods", "shop", "drawn") {
+		d := e.delta()
+		for _, u := range d.Upserts {
+			switch {
+			case u.Resource == "nodes":
+				led = true
+			case u.Name == "drawn" && !led:
+				t.Error("the pod came before its Node's change")
+			case u.Name == "drawn" && len(d.Upserts) > 1 && d.Upserts[0].Resource == "nodes":
+				t.Error("the pod came with its Node's change: the kubelet may see it first")
+			}
+		}
+	}
+}
+
+func TestOlderThan(t *testing.T) {
+	for _, c := range []struct {
+		a, b string
+		want bool
+	}{{"9", "10", true}, {"10", "9", false}, {"10", "10", false}, {"", "1", false}, {"x", "1", false}} {
+		if got := olderThan(c.a, c.b); got != c.want {
+			t.Errorf("olderThan(%q, %q) = %v", c.a, c.b, got)
+		}
+	}
+}
