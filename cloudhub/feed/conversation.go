@@ -36,6 +36,10 @@ const (
 	// hundred thousand items over a slow link.
 	greetTimeout = 2 * time.Minute
 
+	// stateWriters is how many of a node's writes, Events aside, are done at
+	// once. A node has never two of one object on their way.
+	stateWriters = 4
+
 	// nodeFirst is the lead that a change of the Node gets before new pods: the
 	// kubelet learns of the two over different watches of its own.
 	nodeFirst = 50 * time.Millisecond
@@ -112,7 +116,9 @@ func (f *Feed) Serve(ctx context.Context, node string, stream net.Conn, w Writer
 		defer close(events)
 		return c.read(ctx, states, events)
 	})
-	g.Go(func() error { return c.write(ctx, w, states) })
+	for range stateWriters {
+		g.Go(func() error { return c.write(ctx, w, states) })
+	}
 	g.Go(func() error { return c.write(ctx, w, events) })
 	g.Go(func() error { return c.send(ctx) })
 	if err := g.Wait(); !errors.Is(err, io.EOF) {
@@ -238,8 +244,7 @@ func (c *conversation) read(ctx context.Context, states, events chan<- edgeapi.W
 	}
 }
 
-// write does the node's writes of one queue one after the other: their order
-// is the node's.
+// write does the node's writes of a queue one after the other.
 func (c *conversation) write(ctx context.Context, w Writer, writes <-chan edgeapi.Write) error {
 	for m := range writes {
 		if ctx.Err() != nil {

@@ -177,8 +177,8 @@ type Write struct {
 	Annotations []string `json:"annotations,omitempty"`
 }
 
-// WriteResult answers the Write with the same ID. Events are answered in their
-// order, and so is the rest; between the two there is no order.
+// WriteResult answers the Write with the same ID, in any order: an edge has
+// never two writes of one object on their way.
 // Code is the API server's HTTP status: 2xx is done; 404, 409 and 410 say that
 // the object has moved on and the write is void; 403, 400 and 422 are refusals
 // that no retry mends; anything else is worth another try.
