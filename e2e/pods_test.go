@@ -351,9 +351,14 @@ func TestRestartPoliciesAndBackOff(t *testing.T) {
 		}
 	}
 	for name, code := range map[string]int32{"always-0": 0, "always-1": 1, "onfailure-3": 3} {
-		p := awaitPod(t, ns, name, time.Minute, "to be in CrashLoopBackOff", func(p *corev1.Pod) bool {
+		// The kubelet looks at the pod again when the back-off is over, unless
+		// something else makes it (pod_workers.go, completeWork): until then
+		// the state may still be the last end, and not yet CrashLoopBackOff.
+		// That it backs off is the Event's word.
+		p := awaitPod(t, ns, name, time.Minute, "to end again after a restart", func(p *corev1.Pod) bool {
 			s := container(t, p, "c")
-			return s.RestartCount > 0 && s.State.Waiting != nil && s.State.Waiting.Reason == "CrashLoopBackOff"
+			backsOff := s.State.Waiting != nil && s.State.Waiting.Reason == "CrashLoopBackOff"
+			return s.RestartCount > 0 && (backsOff || s.State.Terminated != nil)
 		})
 		last := container(t, p, "c").LastTerminationState.Terminated
 		if last == nil || last.ExitCode != code {

@@ -500,8 +500,15 @@ func procOf(t *testing.T, cgroup string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pid, _, _ := strings.Cut(string(b), "\n")
-	return "/proc/" + pid
+	// The first process is the one that lasts; another may be a probe's or an
+	// exec's, and the file is in no order.
+	first := math.MaxInt
+	for _, f := range strings.Fields(string(b)) {
+		if pid, err := strconv.Atoi(f); err == nil {
+			first = min(first, pid)
+		}
+	}
+	return "/proc/" + strconv.Itoa(first)
 }
 
 func statfs(t *testing.T, n *cluster.Node) syscall.Statfs_t {
