@@ -113,7 +113,7 @@ func TestCheckWritable(t *testing.T) {
 
 func TestCheckWritableReadOnlyAndFull(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("mounting needs root")
+		t.Fatal("mounting needs root: run as root")
 	}
 	root := t.TempDir()
 	mount := func(name, options string, flags uintptr) string {
