@@ -173,9 +173,11 @@ func (l *Link) converse(ctx context.Context, st *tunnel.Stream, conn *edgeapi.Co
 }
 
 func (l *Link) greet(conn *edgeapi.Conn) error {
+	outbox := l.cfg.Store.Outbox()
 	err := conn.Send(edgeapi.Hello{
 		Version: edgeapi.Version, Agent: l.cfg.Agent,
 		StoreID: l.cfg.Store.SyncEpoch(), Synced: l.cfg.Store.Synced(),
+		Outbox: outbox.Depth(), EventsDropped: outbox.Dropped(),
 	})
 	if err != nil {
 		return fmt.Errorf("send hello: %w", err)

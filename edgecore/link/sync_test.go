@@ -269,6 +269,9 @@ func TestReconnectSendsAgainWhatWasInFlight(t *testing.T) {
 	c.session.Close() // the answer never comes
 	r.report("b", "u2", "meanwhile")
 	c = r.welcome()
+	if n := c.hello.Outbox; n < 1 || n > 2 { // what was in flight counts; b may come later
+		t.Errorf("hello tells of %d changes that wait", n)
+	}
 	c.delta(edgeapi.Delta{Seq: 1, Synced: true})
 	got := map[string]edgeapi.Write{}
 	for range 2 {

@@ -18,7 +18,7 @@ type pipe struct {
 func samples() []Message {
 	pod := json.RawMessage(`{"kind":"Pod","apiVersion":"v1","metadata":{"name":"web","namespace":"default"},"spec":{"containers":[{"name":"web","image":"localhost/skerry/demo:1"}]}}`)
 	return []Message{
-		Hello{Version: Version, Agent: "edgecore/test", StoreID: "a", Synced: true},
+		Hello{Version: Version, Agent: "edgecore/test", StoreID: "a", Synced: true, Outbox: 3, EventsDropped: 9},
 		Inventory{Items: []Item{{Ref: Ref{Resource: "pods", Namespace: "default", Name: "web"}, UID: "u", Rev: "1"}}, Last: true},
 		Ack{Seq: 7},
 		Write{ID: 1, Op: OpStatus, Ref: Ref{Resource: "pods", Namespace: "default", Name: "web"}, UID: "u", Body: pod},

@@ -89,6 +89,11 @@ type Hello struct {
 	// Synced says that a complete set was committed before: the node already
 	// runs, or could run, from its store.
 	Synced bool `json:"synced"`
+	// Outbox is how many changes made on the node wait to go up, and
+	// EventsDropped how many Events the node had to drop unsent. For people: the
+	// hub tells them, and relies on neither.
+	Outbox        int    `json:"outbox,omitempty"`
+	EventsDropped uint64 `json:"eventsDropped,omitempty"`
 }
 
 // Inventory tells the hub what the node has, in one or more messages. The hub
