@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/skerry-io/skerry/e2e/netem"
 )
 
 // slowLink joins two network namespaces, each with the kernel's own TCP, by a
@@ -41,8 +43,9 @@ func newSlowLink(b *testing.B, cc string, rate int, rtt time.Duration, queue int
 		b.Skip("needs root for network namespaces and TUN devices")
 	}
 	l := &slowLink{cc: cc, near: newNetns(b, "10.78.0.1", "10.78.0.2"), far: newNetns(b, "10.78.0.2", "10.78.0.1")}
-	l.carry(l.near.tun, l.far.tun, rate, rtt/2, queue)
-	l.carry(l.far.tun, l.near.tun, rate, rtt/2, queue)
+	shape := netem.Shape{Rate: rate, Queue: queue, Delay: rtt / 2}
+	l.tasks.Go(func() { netem.NewLine(shape, 1).Carry(l.near.tun, l.far.tun) })
+	l.tasks.Go(func() { netem.NewLine(shape, 2).Carry(l.far.tun, l.near.tun) })
 	b.Cleanup(func() {
 		_ = l.near.tun.Close()
 		_ = l.far.tun.Close()
@@ -100,42 +103,6 @@ func (ns *netns) in(f func()) {
 	done := make(chan struct{})
 	ns.calls <- func() { defer close(done); f() }
 	<-done
-}
-
-type packet struct {
-	at time.Time
-	p  []byte
-}
-
-// carry moves packets one way.
-func (l *slowLink) carry(from, to *os.File, rate int, delay time.Duration, queue int) {
-	line := make(chan packet, 1<<14)
-	l.tasks.Go(func() {
-		defer close(line)
-		free := time.Now() // when the last packet accepted so far will have left
-		for {
-			p := make([]byte, 1600)
-			n, err := from.Read(p)
-			if err != nil {
-				return
-			}
-			now := time.Now()
-			if free.Before(now) {
-				free = now
-			}
-			if backlog := free.Sub(now).Seconds() * float64(rate); int(backlog)+n > queue {
-				continue
-			}
-			free = free.Add(time.Duration(float64(n) / float64(rate) * float64(time.Second)))
-			line <- packet{free.Add(delay), p[:n]}
-		}
-	})
-	l.tasks.Go(func() {
-		for d := range line {
-			time.Sleep(time.Until(d.at))
-			_, _ = to.Write(d.p)
-		}
-	})
 }
 
 // BenchmarkSlowLink times 64-byte echoes beside bulk on a slow link: through one

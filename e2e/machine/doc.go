@@ -23,6 +23,7 @@
 //   - The network is a /30, 10.199.N.1 (the host, on bridge skbrN) and
 //     10.199.N.2 (the machine); pods get 10.200.N.0/24, which the host reaches
 //     through the machine. There is no way to anywhere else, and no DNS.
+//     CutLink takes it away, ShapeLink makes it late, slow and lossy.
 //
 // Everything a machine makes on the host (bridge, cgroups, the disk) is gone
 // after Destroy; Snapshot and Leaks check that.

@@ -155,11 +155,12 @@ func addLinks(_ context.Context, f Footprint) error {
 	}
 	links, err := net.Interfaces()
 	for _, l := range links {
-		index, ok := strings.CutPrefix(l.Name, bridgePrefix)
-		if !ok {
-			index, ok = strings.CutPrefix(l.Name, hostLinkPrefix)
+		ofOthers := false
+		for _, prefix := range []string{bridgePrefix, hostLinkPrefix, wirePrefix} {
+			index, ok := strings.CutPrefix(l.Name, prefix)
+			ofOthers = ofOthers || ok && claims[claimIndex+index]
 		}
-		if !ok || !claims[claimIndex+index] {
+		if !ofOthers {
 			f["link "+l.Name] = true
 		}
 	}

@@ -50,7 +50,8 @@ type Machine struct {
 	cfg    Config
 	log    *slog.Logger
 	claims []net.Listener // on name and index, see claims.go
-	linkMu sync.Mutex     // serialises changes of the link
+	linkMu sync.Mutex     // serialises changes of the link, and guards wire
+	wire   *wire          // while the link is shaped
 
 	mu       sync.Mutex
 	boot     *boot // nil while off

@@ -25,13 +25,18 @@ import (
 
 	"github.com/skerry-io/skerry/e2e/image"
 	"github.com/skerry-io/skerry/e2e/machine"
+	"github.com/skerry-io/skerry/e2e/netem"
 )
 
 func TestMain(m *testing.M) {
 	machine.Main()
 	if len(os.Args) == 3 && os.Args[1] == "fetch" { // inside a machine, see fetcher
 		client := http.Client{Timeout: 2 * time.Second}
-		if _, err := client.Get(os.Args[2]); err != nil {
+		resp, err := client.Get(os.Args[2])
+		if err == nil {
+			_, err = io.Copy(io.Discard, resp.Body)
+		}
+		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -325,6 +330,63 @@ func TestNetwork(t *testing.T) {
 	}
 }
 
+func TestShapedLink(t *testing.T) {
+	m := newMachine(t, "shaped", fetcher(t))
+	start(t, m)
+	base := "http://" + serveOn(t, m.HostIP())
+	fetch := func(path string) (time.Duration, error) {
+		began := time.Now()
+		_, err := m.Run(t.Context(), "/opt/fetcher", "fetch", base+path)
+		return time.Since(began), err
+	}
+	shape := func(up, down netem.Shape) {
+		t.Helper()
+		if err := m.ShapeLink(t.Context(), up, down, 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	plain, err := fetch("/large")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const delay = 200 * time.Millisecond
+	shape(netem.Shape{Delay: delay}, netem.Shape{Delay: delay})
+	took, err := fetch("/")
+	if err != nil || took < 4*delay { // the connection's round trip and the request's
+		t.Errorf("with a round trip of %s: %s, %v", 2*delay, took, err)
+	}
+	shape(netem.Shape{}, netem.Shape{Rate: 2 << 20})
+	if took, err := fetch("/large"); err != nil || took < plain+200*time.Millisecond {
+		t.Errorf("1 MiB at 2 MiB a second: %s, %v; without a limit %s", took, err, plain)
+	}
+	shape(netem.Shape{Loss: 0.1}, netem.Shape{Loss: 0.1})
+	if _, err := fetch("/"); err != nil {
+		t.Logf("with a loss of 10 %%: %v", err) // the client gives up after two seconds
+	}
+	if carried, lost := m.LinkStats(); carried == 0 || lost == 0 {
+		t.Errorf("carried %d packets, lost %d", carried, lost)
+	}
+	for name, way := range map[string][2]netem.Shape{"up": {{Loss: 1}, {}}, "down": {{}, {Loss: 1}}} {
+		shape(way[0], way[1])
+		if _, err := fetch("/"); err == nil {
+			t.Errorf("the host is reached with nothing carried %s", name)
+		}
+	}
+	shape(netem.Shape{}, netem.Shape{})
+	await(t, "the host is reached over a line that loses nothing", func() (bool, string) {
+		_, err := fetch("/large")
+		return err == nil, fmt.Sprint(err)
+	})
+	if err := m.RestoreLink(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the host is reached as before", func() (bool, string) {
+		_, err := fetch("/large")
+		return err == nil, fmt.Sprint(err)
+	})
+	shape(netem.Shape{}, netem.Shape{}) // that it is gone after Destroy is checked at the end
+}
+
 // serveOn says "hub" to whoever asks, until the test ends.
 func serveOn(t *testing.T, ip string) (addr string) {
 	t.Helper()
@@ -332,7 +394,13 @@ func serveOn(t *testing.T, ip string) (addr string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "hub") })}
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/large" {
+			w.Write(make([]byte, 1<<20))
+			return
+		}
+		io.WriteString(w, "hub")
+	})}
 	go srv.Serve(l)
 	t.Cleanup(func() { srv.Close() })
 	return l.Addr().String()

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"strings"
@@ -60,7 +61,9 @@ func (m *Machine) prepareLocked(ctx context.Context) error {
 		return err
 	}
 	for _, args := range [][]string{
-		{"link", "add", m.bridge(), "type", "bridge", "forward_delay", "0"},
+		// Its address is its own, or it would change with the links on it, and
+		// the machine would go on sending to the one before.
+		{"link", "add", m.bridge(), "address", fmt.Sprintf("02:73:6b:62:72:%02x", m.cfg.Index), "type", "bridge", "forward_delay", "0"},
 		{"addr", "add", m.HostIP() + "/30", "dev", m.bridge()},
 		{"link", "set", m.bridge(), "up"},
 		{"route", "add", m.PodSubnet(), "via", m.IP(), "dev", m.bridge()},
@@ -85,9 +88,13 @@ func (m *Machine) connectLink(ctx context.Context, pid int) error {
 func (m *Machine) CutLink(ctx context.Context, how LinkCut) error {
 	m.linkMu.Lock()
 	defer m.linkMu.Unlock()
+	if how == LinkBlackhole {
+		m.unshapeLocked()
+	}
 	args := []string{"link", "set", m.hostLink(), "down"}
 	if how == LinkBlackhole {
-		args = []string{"link", "set", m.hostLink(), "nomaster"}
+		// Without its bridge, the host's end must not answer for the host.
+		args = []string{"link", "set", m.hostLink(), "nomaster", "arp", "off"}
 	}
 	if err := ip(ctx, args...); err != nil {
 		return fmt.Errorf("machine %s: cut the link: %w", m.cfg.Name, err)
@@ -95,11 +102,12 @@ func (m *Machine) CutLink(ctx context.Context, how LinkCut) error {
 	return nil
 }
 
-// RestoreLink undoes CutLink.
+// RestoreLink undoes CutLink and ShapeLink.
 func (m *Machine) RestoreLink(ctx context.Context) error {
 	m.linkMu.Lock()
 	defer m.linkMu.Unlock()
-	if err := ip(ctx, "link", "set", m.hostLink(), "master", m.bridge(), "up"); err != nil {
+	m.unshapeLocked()
+	if err := ip(ctx, "link", "set", m.hostLink(), "master", m.bridge(), "arp", "on", "up"); err != nil {
 		return fmt.Errorf("machine %s: restore the link: %w", m.cfg.Name, err)
 	}
 	return nil
@@ -110,6 +118,7 @@ func (m *Machine) RestoreLink(ctx context.Context) error {
 func (m *Machine) removeLink(ctx context.Context) error {
 	m.linkMu.Lock()
 	defer m.linkMu.Unlock()
+	m.unshapeLocked()
 	if err := ip(ctx, "link", "del", m.hostLink()); err != nil && linkExists(m.hostLink()) {
 		return fmt.Errorf("machine %s: remove link %s: %w", m.cfg.Name, m.hostLink(), err)
 	}
@@ -137,6 +146,14 @@ func (m *Machine) removeBridge(ctx context.Context) error {
 	}
 	m.prepared = false
 	return nil
+}
+
+func linkIndex(name string) (int, error) {
+	l, err := net.InterfaceByName(name)
+	if err != nil {
+		return 0, fmt.Errorf("link %s: %w", name, err)
+	}
+	return l.Index, nil
 }
 
 func linkExists(name string) bool {
