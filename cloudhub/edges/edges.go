@@ -228,7 +228,9 @@ func (e *Edges) disconnect(n *edge, err error) {
 // serve takes the streams of one tunnel until it ends.
 func (e *Edges) serve(ctx context.Context, n *edge) error {
 	ended := ctx // by the hub, with an ending as its cause
-	g, ctx := errgroup.WithContext(ctx)
+	// What the tunnel carries outlives that end until the node has been told
+	// why: a node that saw its sync stream go first would leave not knowing.
+	g, ctx := errgroup.WithContext(context.WithoutCancel(ctx))
 	api := tunnel.NewListener(apiBacklog)
 	g.Go(func() error { return e.cfg.Upstream.Relay(ctx, n.name, api) })
 	g.Go(func() error {
@@ -265,10 +267,13 @@ func (e *Edges) serve(ctx context.Context, n *edge) error {
 	// Whatever ends first ends the tunnel: a node without its sync is not
 	// connected in any useful sense, and will come again.
 	g.Go(func() error {
-		<-ctx.Done()
 		why := ending{code: tunnel.CloseNormal}
-		if ended.Err() != nil && !errors.As(context.Cause(ended), &why) {
-			why = stopping
+		select {
+		case <-ended.Done():
+			if !errors.As(context.Cause(ended), &why) {
+				why = stopping
+			}
+		case <-ctx.Done():
 		}
 		return n.session.CloseWith(why.code, why.reason)
 	})

@@ -115,6 +115,24 @@ func TestCut(t *testing.T) {
 	r.await("gone", func() bool { return len(r.Nodes()) == 0 })
 }
 
+// A node ends a tunnel whose sync stream has gone. If it saw that first, it
+// would leave with no idea why it was cut.
+func TestTheReasonComesBeforeTheStreamsEnd(t *testing.T) {
+	r := newRig(t)
+	for range 100 {
+		s := r.connect("edge-1")
+		st := r.openSync(s)
+		<-r.sync.began
+		r.Cut("edge-1", "1", "this node was forgotten")
+		_, err := st.Read(make([]byte, 1))
+		var ce *tunnel.CloseError
+		if !errors.As(err, &ce) || ce.Code != tunnel.CloseRevoked {
+			t.Fatalf("the sync stream ended with %v", err)
+		}
+		r.await("gone", func() bool { return len(r.Nodes()) == 0 })
+	}
+}
+
 func TestRevokedWhileConnecting(t *testing.T) {
 	r := newRig(t)
 	r.registry.revoked["edge-1"] = true

@@ -96,6 +96,7 @@ type syncer struct {
 
 func (s *syncer) Serve(ctx context.Context, node string, stream net.Conn, _ feed.Writer) error {
 	defer stream.Close()
+	defer context.AfterFunc(ctx, func() { stream.Close() })() // as the feed does
 	s.began <- node
 	gone := make(chan error, 1)
 	go func() {
