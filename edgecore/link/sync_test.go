@@ -154,7 +154,6 @@ func TestResultCodes(t *testing.T) {
 		{503, true}, {500, true}, {429, true}, {401, true}, {0, true},
 	} {
 		t.Run(fmt.Sprint(tc.code), func(t *testing.T) {
-			t.Parallel()
 			r := newRig(t, openStore(t))
 			c := r.synced()
 			r.report("a", "u1", "x")
