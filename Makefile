@@ -30,6 +30,8 @@ SYSTEM   := ./e2e/... ./deploy/...
 BENCH      ?= .
 BENCH_ARGS ?=
 FUZZTIME ?= 10s
+TIME     ?= 10m
+SEED     ?=
 PLATFORMS := amd64 arm64 armv7
 
 ##@ Build
@@ -59,6 +61,11 @@ test-unit: deps ## Run the tests of the packages (needs root)
 .PHONY: test-e2e
 test-e2e: deps build ## Run the tests of the whole system with real parts (needs root)
 	$(GO_TEST) -count=1 $(SYSTEM)
+
+.PHONY: soak
+soak: deps build ## Let a hub and two nodes work for TIME (10m) under random faults, and report (needs root; SEED=n)
+	@go build -o bin/soak ./e2e/soak
+	@bin/soak -time $(TIME) $(if $(SEED),-seed $(SEED))
 
 .PHONY: vet lint
 vet lint: ## Check format and go vet

@@ -192,14 +192,21 @@ func (b *bench) cost(ctx context.Context) error {
 		pid  int
 		node string
 	}
-	subjects := []subject{{"cloudhub", w.hub.PID(), ""}, {"edgecore", hostPID(w.node.EdgecorePID(), w.node), "edge-1"}}
+	pid, err := w.node.EdgecoreHostPID()
+	if err != nil {
+		return err
+	}
+	subjects := []subject{{"cloudhub", w.hub.PID(), ""}, {"edgecore", pid, "edge-1"}}
 	if b.kubelet != "" {
 		plain, err := b.plainKubelet(ctx, w, "plain-1")
 		if err != nil {
 			return err
 		}
 		defer plain.close()
-		subjects = append(subjects, subject{"plain kubelet", plain.pid(), "plain-1"})
+		if pid, err = plain.pid(); err != nil {
+			return err
+		}
+		subjects = append(subjects, subject{"plain kubelet", pid, "plain-1"})
 	}
 	goals := map[string]map[int]string{"edgecore": {1: "anon ≤ 32 MB", 30: "anon ≤ 50 MB"}}
 	have := 0

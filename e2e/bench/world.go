@@ -14,7 +14,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"time"
 
 	certificatesv1 "k8s.io/api/certificates/v1"
@@ -265,40 +264,7 @@ func (p *plain) close() {
 	}
 }
 
-func (p *plain) pid() int { return hostPID(p.proc.PID(), p.m) }
-
-// hostPID finds a machine's process among the host's: the one with that id in
-// the machine's pid namespace.
-func hostPID(inside int, m interface{ Path(string) string }) int {
-	// Path leads through /proc/PID/root of the machine's pid 1.
-	var first string
-	for _, part := range strings.Split(m.Path("/"), "/") {
-		if _, err := strconv.Atoi(part); err == nil {
-			first = part
-		}
-	}
-	ns, err := os.Readlink("/proc/" + first + "/ns/pid")
-	if err != nil {
-		return 0
-	}
-	procs, _ := filepath.Glob("/proc/[0-9]*")
-	for _, dir := range procs {
-		if its, err := os.Readlink(dir + "/ns/pid"); err != nil || its != ns {
-			continue
-		}
-		status, err := os.ReadFile(dir + "/status")
-		if err != nil {
-			continue
-		}
-		for line := range strings.Lines(string(status)) {
-			if f := strings.Fields(line); len(f) > 1 && f[0] == "NSpid:" && f[len(f)-1] == strconv.Itoa(inside) {
-				pid, _ := strconv.Atoi(filepath.Base(dir))
-				return pid
-			}
-		}
-	}
-	return 0
-}
+func (p *plain) pid() (int, error) { return p.proc.HostPID() }
 
 // nodeKubeconfig gets a certificate for a node from the cluster's own signer.
 func nodeKubeconfig(ctx context.Context, w *world, name, host string) (string, error) {

@@ -156,6 +156,13 @@ func (h *Hub) Kill(ctx context.Context) error {
 	return err
 }
 
+// Pause stops the hub's process where it is: the kernel goes on accepting
+// connections for it, and nobody answers. Resume lets it go on.
+func (h *Hub) Pause() error { return h.proc.cmd.Process.Signal(syscall.SIGSTOP) }
+
+// Resume undoes Pause.
+func (h *Hub) Resume() error { return h.proc.cmd.Process.Signal(syscall.SIGCONT) }
+
 // PID of the hub's process.
 func (h *Hub) PID() int { return h.proc.cmd.Process.Pid }
 

@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"sync"
@@ -223,6 +225,9 @@ func (n *Node) EdgecoreEnded() <-chan struct{} { return n.proc.Done() }
 // EdgecorePID is edgecore's process id inside the machine.
 func (n *Node) EdgecorePID() int { return n.proc.PID() }
 
+// EdgecoreHostPID is edgecore's process id on the host.
+func (n *Node) EdgecoreHostPID() (int, error) { return n.proc.HostPID() }
+
 // Status is what "edgecore status -o json" tells.
 type Status struct {
 	Connected bool      `json:"connected"`
@@ -231,11 +236,32 @@ type Status struct {
 	LastError string    `json:"lastError"`
 	Outbox    int       `json:"outbox"`
 
+	EventsDropped uint64 `json:"eventsDropped"`
+
 	Objects map[string]int `json:"objects"`
 
 	StoreWritten uint64 `json:"storeWrittenBytes"`
 	TunnelSent   uint64 `json:"tunnelSentBytes"`
 	TunnelRecv   uint64 `json:"tunnelReceivedBytes"`
+}
+
+// AdminClient talks to edgecore's own socket, for callers that ask too often to
+// start a program each time. URLs have the host "edgecore". It serves through
+// restarts of edgecore and of the machine.
+func (n *Node) AdminClient() *http.Client {
+	path := n.Disk(filepath.Join(EdgeDataDir, "edgecore.sock"))
+	return &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			dir, err := os.Open(filepath.Dir(path))
+			if err != nil {
+				return nil, err
+			}
+			defer dir.Close()
+			var d net.Dialer // the path of a unix socket must be short
+			return d.DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), filepath.Base(path)))
+		},
+	}}
 }
 
 // Status asks edgecore.
