@@ -83,7 +83,9 @@ func runHub(ctx context.Context, cfg hubConfig) error {
 	if err != nil {
 		return err
 	}
-	objects, err := feed.New(feed.Config{Client: client, Agent: agent(), Log: cfg.Log})
+	objects, err := feed.New(feed.Config{
+		Client: client, Issuer: feed.ClusterIssuer(client.Discovery().RESTClient(), nil), Agent: agent(), Log: cfg.Log,
+	})
 	if err != nil {
 		return err
 	}

@@ -29,10 +29,14 @@ func hubRules() []rbacv1.PolicyRule {
 	return []rbacv1.PolicyRule{
 		{APIGroups: []string{""}, Verbs: read, Resources: []string{
 			"pods", "nodes", "services", "configmaps", "secrets", "persistentvolumeclaims", "persistentvolumes", "namespaces",
+			"serviceaccounts",
 		}},
 		{APIGroups: []string{"discovery.k8s.io"}, Verbs: read, Resources: []string{"endpointslices"}},
 		{APIGroups: []string{"node.k8s.io"}, Verbs: read, Resources: []string{"runtimeclasses"}},
 		{APIGroups: []string{"storage.k8s.io"}, Verbs: read, Resources: []string{"csidrivers", "volumeattachments"}},
+		// By these a node authorises clients on the device.
+		{APIGroups: []string{rbacv1.GroupName}, Verbs: read, Resources: []string{"roles", "rolebindings", "clusterroles", "clusterrolebindings"}},
+		{Verbs: []string{"get"}, NonResourceURLs: []string{"/.well-known/openid-configuration", "/openid/v1/jwks"}},
 		{APIGroups: []string{""}, Verbs: []string{"patch"}, Resources: []string{"pods"}}, // tolerations
 		{APIGroups: []string{"", "events.k8s.io"}, Verbs: []string{"create", "patch", "update"}, Resources: []string{"events"}},
 		{APIGroups: []string{"authentication.k8s.io"}, Verbs: []string{"create"}, Resources: []string{"tokenreviews"}},
@@ -151,6 +155,7 @@ func awaitRights(ctx context.Context, hub kubernetes.Interface) error {
 	defer cancel()
 	attributes := []authorizationv1.ResourceAttributes{
 		{Group: "authentication.k8s.io", Resource: "nodes", Verb: "impersonate:arbitrary-node"},
+		{Group: rbacv1.GroupName, Resource: "rolebindings", Verb: "watch"},
 		{Namespace: SystemNamespace, Resource: "secrets", Verb: "create"},
 		{Namespace: corev1.NamespaceNodeLease, Group: "coordination.k8s.io", Resource: "leases", Verb: "update"},
 	}

@@ -429,12 +429,7 @@ func (c *conversation) follow(refs map[edgeapi.Ref]struct{}) {
 	for len(queue) > 0 {
 		ref := queue[len(queue)-1]
 		queue = queue[:len(queue)-1]
-		var now []edgeapi.Ref
-		if c.wants(ref) {
-			if obj := c.f.lookup(ref, c.node); obj != nil {
-				now = refsOf(obj)
-			}
-		}
+		now := c.refsFrom(ref)
 		before := c.names[ref]
 		if len(now) == 0 {
 			delete(c.names, ref)
@@ -464,6 +459,22 @@ func (c *conversation) follow(refs map[edgeapi.Ref]struct{}) {
 	}
 }
 
+// refsFrom lists what is needed because ref is.
+func (c *conversation) refsFrom(ref edgeapi.Ref) []edgeapi.Ref {
+	if ref.Resource == subjects {
+		if c.needed[ref] == 0 {
+			return nil
+		}
+		return c.f.bindingsOf(ref.Name)
+	}
+	if c.wants(ref) {
+		if obj := c.f.lookup(ref, c.node); obj != nil {
+			return refsOf(obj)
+		}
+	}
+	return nil
+}
+
 func (c *conversation) wants(ref edgeapi.Ref) bool {
 	s := c.f.byName[ref.Resource]
 	if s == nil {
@@ -475,6 +486,9 @@ func (c *conversation) wants(ref edgeapi.Ref) bool {
 // difference adds to delta what makes the node's copy of ref right, and
 // returns about how many bytes that is.
 func (c *conversation) difference(ref edgeapi.Ref, delta *edgeapi.Delta) (int, error) {
+	if ref == edgeapi.IssuerRef() {
+		return c.issuerDifference(delta), nil
+	}
 	had, has := c.sent[ref]
 	if c.wants(ref) {
 		if obj := c.lookup(ref); obj != nil {

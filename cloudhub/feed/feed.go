@@ -3,8 +3,9 @@
 //
 // One set of informers serves all nodes. A node's set is: its pods; the
 // ConfigMaps, Secrets and PersistentVolumeClaims these name, and the claims'
-// volumes; its Node; and of all namespaces the Services, and the RuntimeClasses
-// and CSIDrivers. A node resumes by telling what it has (edgeapi.Inventory), so
+// volumes; the pods' service accounts, the role bindings that concern these and
+// the roles bound; its Node; of all namespaces the Services, and the
+// RuntimeClasses and CSIDrivers; and who signs the cluster's tokens. A node resumes by telling what it has (edgeapi.Inventory), so
 // that the hub keeps nothing about it while it is away, and gets differences.
 //
 // A pod's and a Node's status belong to the node. They go down once, with the
@@ -20,12 +21,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	nodev1 "k8s.io/api/node/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	storagev1 "k8s.io/api/storage/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -41,8 +44,11 @@ import (
 // Config of a Feed.
 type Config struct {
 	Client kubernetes.Interface // required; reads only
-	Agent  string               // the hub's version, told to nodes
-	Log    *slog.Logger         // nil discards
+	// Issuer tells who signs the cluster's service account tokens; nil: the
+	// nodes are not told, and accept only tokens of their own.
+	Issuer func(context.Context) (edgeapi.TokenIssuer, error)
+	Agent  string       // the hub's version, told to nodes
+	Log    *slog.Logger // nil discards
 }
 
 // Writer does at the API server what a node wrote.
@@ -57,11 +63,13 @@ type Feed struct {
 	log    *slog.Logger
 
 	// Immutable after New.
+	askIssuer func(context.Context) (edgeapi.TokenIssuer, error)
 	sources   []*source // in the order in which a delta carries them
 	byName    map[string]*source
 	factories []informers.SharedInformerFactory
 
-	ready chan struct{} // closed once all informers hold a complete list
+	ready  chan struct{}                  // closed once all informers hold a complete list
+	issuer atomic.Pointer[edgeapi.Upsert] // nil until known; stored with mu held
 
 	mu    sync.Mutex
 	nodes map[string]map[*conversation]struct{} // by node name
@@ -102,18 +110,22 @@ func New(cfg Config) (*Feed, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	f := &Feed{
-		client: cfg.Client,
-		agent:  cfg.Agent,
-		log:    cfg.Log,
-		ready:  make(chan struct{}),
-		byName: map[string]*source{},
-		nodes:  map[string]map[*conversation]struct{}{},
-		users:  map[edgeapi.Ref]map[*conversation]struct{}{},
+		client:    cfg.Client,
+		askIssuer: cfg.Issuer,
+		agent:     cfg.Agent,
+		log:       cfg.Log,
+		ready:     make(chan struct{}),
+		byName:    map[string]*source{},
+		nodes:     map[string]map[*conversation]struct{}{},
+		users:     map[edgeapi.Ref]map[*conversation]struct{}{},
 	}
 	slim := informers.WithTransform(func(obj any) (any, error) {
 		// Nobody downstream reads them, and they are a third of an object.
 		if m, err := meta.Accessor(obj); err == nil {
 			m.SetManagedFields(nil)
+		}
+		if o, ok := obj.(runtime.Object); ok {
+			slimAccess(o)
 		}
 		return obj, nil
 	})
@@ -133,6 +145,17 @@ func New(cfg Config) (*Feed, error) {
 	f.add("secrets", "Secret", "v1", onDemand, all.Core().V1().Secrets().Informer())
 	f.add("persistentvolumes", "PersistentVolume", "v1", onDemand, all.Core().V1().PersistentVolumes().Informer())
 	f.add("persistentvolumeclaims", "PersistentVolumeClaim", "v1", onDemand, all.Core().V1().PersistentVolumeClaims().Informer())
+	f.add("clusterroles", "ClusterRole", rbacv1.SchemeGroupVersion.String(), onDemand, all.Rbac().V1().ClusterRoles().Informer())
+	f.add("roles", "Role", rbacv1.SchemeGroupVersion.String(), onDemand, all.Rbac().V1().Roles().Informer())
+	for _, b := range []*source{
+		f.add("clusterrolebindings", "ClusterRoleBinding", rbacv1.SchemeGroupVersion.String(), onDemand, all.Rbac().V1().ClusterRoleBindings().Informer()),
+		f.add("rolebindings", "RoleBinding", rbacv1.SchemeGroupVersion.String(), onDemand, all.Rbac().V1().RoleBindings().Informer()),
+	} {
+		if err := b.informer.AddIndexers(cache.Indexers{bySubject: func(obj any) ([]string, error) { return subjectsOf(obj), nil }}); err != nil {
+			return nil, fmt.Errorf("feed: index %s by subject: %w", b.resource, err)
+		}
+	}
+	f.add("serviceaccounts", "ServiceAccount", "v1", onDemand, all.Core().V1().ServiceAccounts().Informer())
 	pods := f.add("pods", "Pod", "v1", boundNode, bound.Core().V1().Pods().Informer())
 	if err := pods.informer.AddIndexers(cache.Indexers{byNode: func(obj any) ([]string, error) {
 		return []string{obj.(*corev1.Pod).Spec.NodeName}, nil
@@ -157,9 +180,9 @@ func (f *Feed) Run(ctx context.Context) error {
 	for _, s := range f.sources {
 		// The handlers only mark; they never block the informer.
 		if _, err := s.informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
-			AddFunc:    func(obj any) { f.changed(s, obj) },
-			UpdateFunc: func(_, obj any) { f.changed(s, obj) },
-			DeleteFunc: func(obj any) { f.changed(s, obj) },
+			AddFunc:    func(obj any) { f.changed(s, nil, obj) },
+			UpdateFunc: func(old, obj any) { f.changed(s, old, obj) },
+			DeleteFunc: func(obj any) { f.changed(s, nil, obj) },
 		}); err != nil {
 			return fmt.Errorf("feed: watch %s: %w", s.resource, err)
 		}
@@ -174,6 +197,12 @@ func (f *Feed) Run(ctx context.Context) error {
 		}
 	}
 	if ctx.Err() == nil {
+		followed := make(chan struct{})
+		go func() {
+			defer close(followed)
+			f.followIssuer(ctx)
+		}()
+		defer func() { <-followed }()
 		f.log.Info("cluster objects listed", "took", time.Since(started).Round(time.Millisecond))
 		close(f.ready)
 	}
@@ -208,8 +237,8 @@ func (f *Feed) Stats() Stats {
 }
 
 // changed marks the object for the nodes that it concerns. Its cost is the
-// number of those nodes.
-func (f *Feed) changed(s *source, obj any) {
+// number of those nodes. old is the state before an update.
+func (f *Feed) changed(s *source, old, obj any) {
 	if gone, ok := obj.(cache.DeletedFinalStateUnknown); ok {
 		obj = gone.Obj
 	}
@@ -221,6 +250,9 @@ func (f *Feed) changed(s *source, obj any) {
 	ref := edgeapi.Ref{Resource: s.resource, Namespace: m.GetNamespace(), Name: m.GetName()}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	for _, subject := range slices.Concat(subjectsOf(old), subjectsOf(obj)) {
+		mark(f.users[subjectRef(subject)], subjectRef(subject))
+	}
 	switch s.scope {
 	case everyNode:
 		for _, cs := range f.nodes {
@@ -274,13 +306,12 @@ func (f *Feed) lookup(ref edgeapi.Ref, node string) runtime.Object {
 // initial returns the refs that every conversation with the node starts from;
 // what pods refer to is found from them.
 func (f *Feed) initial(node string) ([]edgeapi.Ref, error) {
-	refs := []edgeapi.Ref{{Resource: "nodes", Name: node}}
+	refs := []edgeapi.Ref{{Resource: "nodes", Name: node}, edgeapi.IssuerRef()}
 	for _, s := range f.sources {
 		switch s.scope {
 		case everyNode:
 			for _, obj := range s.indexer.List() {
-				m := obj.(metav1.Object)
-				refs = append(refs, edgeapi.Ref{Resource: s.resource, Namespace: m.GetNamespace(), Name: m.GetName()})
+				refs = append(refs, refTo(s.resource, obj))
 			}
 		case boundNode:
 			objs, err := s.indexer.ByIndex(byNode, node)
@@ -288,10 +319,14 @@ func (f *Feed) initial(node string) ([]edgeapi.Ref, error) {
 				return nil, fmt.Errorf("list pods of node %s: %w", node, err)
 			}
 			for _, obj := range objs {
-				m := obj.(metav1.Object)
-				refs = append(refs, edgeapi.Ref{Resource: s.resource, Namespace: m.GetNamespace(), Name: m.GetName()})
+				refs = append(refs, refTo(s.resource, obj))
 			}
 		}
 	}
 	return refs, nil
+}
+
+func refTo(resource string, obj any) edgeapi.Ref {
+	m := obj.(metav1.Object)
+	return edgeapi.Ref{Resource: resource, Namespace: m.GetNamespace(), Name: m.GetName()}
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes/fake"
@@ -39,11 +40,17 @@ type edge struct {
 
 func start(t *testing.T, objs ...any) (*fake.Clientset, *Feed) {
 	t.Helper()
+	return startWith(t, Config{}, objs...)
+}
+
+func startWith(t *testing.T, cfg Config, objs ...any) (*fake.Clientset, *Feed) {
+	t.Helper()
 	client := fake.NewClientset()
 	for _, o := range objs {
 		create(t, client, o)
 	}
-	f, err := New(Config{Client: client, Agent: "test"})
+	cfg.Client, cfg.Agent = client, "test"
+	f, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,6 +85,16 @@ func create(t *testing.T, c *fake.Clientset, o any) {
 		_, err = c.CoreV1().PersistentVolumeClaims(o.Namespace).Create(ctx, o, metav1.CreateOptions{})
 	case *corev1.PersistentVolume:
 		_, err = c.CoreV1().PersistentVolumes().Create(ctx, o, metav1.CreateOptions{})
+	case *corev1.ServiceAccount:
+		_, err = c.CoreV1().ServiceAccounts(o.Namespace).Create(ctx, o, metav1.CreateOptions{})
+	case *rbacv1.Role:
+		_, err = c.RbacV1().Roles(o.Namespace).Create(ctx, o, metav1.CreateOptions{})
+	case *rbacv1.RoleBinding:
+		_, err = c.RbacV1().RoleBindings(o.Namespace).Create(ctx, o, metav1.CreateOptions{})
+	case *rbacv1.ClusterRole:
+		_, err = c.RbacV1().ClusterRoles().Create(ctx, o, metav1.CreateOptions{})
+	case *rbacv1.ClusterRoleBinding:
+		_, err = c.RbacV1().ClusterRoleBindings().Create(ctx, o, metav1.CreateOptions{})
 	default:
 		t.Fatalf("create %T", o)
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
@@ -91,6 +92,12 @@ func refsOf(obj runtime.Object) []edgeapi.Ref {
 		if o.Spec.VolumeName != "" {
 			return []edgeapi.Ref{{Resource: "persistentvolumes", Name: o.Spec.VolumeName}}
 		}
+	case *corev1.ServiceAccount:
+		return subjectRefs(o)
+	case *rbacv1.RoleBinding:
+		return roleRef(o.RoleRef, o.Namespace)
+	case *rbacv1.ClusterRoleBinding:
+		return roleRef(o.RoleRef, "")
 	}
 	return nil
 }
@@ -110,6 +117,7 @@ func podRefs(p *corev1.Pod) []edgeapi.Ref {
 	}
 	podutil.VisitPodConfigmapNames(p, add("configmaps"))
 	podutil.VisitPodSecretNames(p, add("secrets"))
+	add("serviceaccounts")(p.Spec.ServiceAccountName)
 	for i := range p.Spec.Volumes {
 		v := &p.Spec.Volumes[i]
 		switch {

@@ -103,6 +103,16 @@ func KindOf(resource string) (Kind, bool) {
 		return Kind{resource, "v1", "PersistentVolumeClaim", true, false, false}, true
 	case "persistentvolumes":
 		return Kind{resource, "v1", "PersistentVolume", false, false, false}, true
+	case "serviceaccounts":
+		return Kind{resource, "v1", "ServiceAccount", true, false, false}, true
+	case "roles":
+		return Kind{resource, "rbac.authorization.k8s.io/v1", "Role", true, false, false}, true
+	case "rolebindings":
+		return Kind{resource, "rbac.authorization.k8s.io/v1", "RoleBinding", true, false, false}, true
+	case "clusterroles":
+		return Kind{resource, "rbac.authorization.k8s.io/v1", "ClusterRole", false, false, false}, true
+	case "clusterrolebindings":
+		return Kind{resource, "rbac.authorization.k8s.io/v1", "ClusterRoleBinding", false, false, false}, true
 	case "endpointslices":
 		return Kind{resource, "discovery.k8s.io/v1", "EndpointSlice", true, false, false}, true
 	case "runtimeclasses":
