@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -34,8 +35,9 @@ auth: {htpasswd: {realm: skerry, path: %[1]s/htpasswd}}
 `
 
 // startRegistry runs a real registry that wants a password inside the node's
-// machine, where the container runtime reaches it as a local one.
-func startRegistry(t *testing.T, n *cluster.Node, user, password string) {
+// machine, where the container runtime reaches it as a local one, until the test
+// or the function it returns ends it.
+func startRegistry(t *testing.T, n *cluster.Node, user, password string) (stop func()) {
 	t.Helper()
 	const dir = "/var/lib/e2e/registry"
 	hash, err := bcrypt.GenerateFromPassword([]byte(password), bcrypt.MinCost)
@@ -59,7 +61,7 @@ func startRegistry(t *testing.T, n *cluster.Node, user, password string) {
 	if err != nil {
 		t.Fatalf("%v; run make deps", err)
 	}
-	t.Cleanup(func() {
+	stop = sync.OnceFunc(func() {
 		if err := p.Signal(9); err != nil {
 			t.Error(err)
 		}
@@ -68,6 +70,27 @@ func startRegistry(t *testing.T, n *cluster.Node, user, password string) {
 			t.Logf("the registry:\n%s", out.String())
 		}
 	})
+	t.Cleanup(stop)
+	return stop
+}
+
+// awaitRegistry waits for the node's registry and returns its URL.
+func awaitRegistry(t *testing.T, n *cluster.Node) (url string) {
+	t.Helper()
+	url = "http://" + n.IP() + ":5000"
+	eventually(t, time.Minute, "the registry to ask for a password", func(ctx context.Context) (bool, string) {
+		req, err := http.NewRequestWithContext(ctx, "GET", url+"/v2/", nil)
+		if err != nil {
+			return false, err.Error()
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return false, err.Error()
+		}
+		resp.Body.Close()
+		return resp.StatusCode == http.StatusUnauthorized, resp.Status
+	})
+	return url
 }
 
 // pushImage copies an OCI archive into a registry by its HTTP API.
@@ -145,19 +168,7 @@ func TestImagePullSecrets(t *testing.T) {
 	n := node(t, "edge-1")
 	const user, password = "ada", "difference engine"
 	startRegistry(t, n, user, password)
-	registry := "http://" + n.IP() + ":5000"
-	eventually(t, time.Minute, "the registry to ask for a password", func(ctx context.Context) (bool, string) {
-		req, err := http.NewRequestWithContext(ctx, "GET", registry+"/v2/", nil)
-		if err != nil {
-			return false, err.Error()
-		}
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			return false, err.Error()
-		}
-		resp.Body.Close()
-		return resp.StatusCode == http.StatusUnauthorized, resp.Status
-	})
+	registry := awaitRegistry(t, n)
 	// An image of its own: the kubelet lets nobody use an image without the
 	// credentials that it was pulled with, by whatever name.
 	archive, err := image.Build(t.Context(), image.Spec{

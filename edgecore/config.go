@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/utils/ptr"
 	"sigs.k8s.io/yaml"
 )
 
@@ -20,6 +21,7 @@ const (
 	storeKeyFile = "store.key"   // encrypts secrets in it
 	issuerFile   = "issuer.key"  // signs tokens for the local API
 	adminSocket  = "edgecore.sock"
+	imagesSocket = "images.sock"   // the kubelet's image service
 	metricsToken = "metrics.token" // bearer token of the loopback metrics
 )
 
@@ -36,6 +38,7 @@ type Config struct {
 	Node    NodeConfig    `json:"node,omitempty"`
 	Runtime RuntimeConfig `json:"runtime,omitempty"`
 	Kubelet KubeletConfig `json:"kubelet,omitempty"`
+	Images  ImagesConfig  `json:"images,omitempty"`
 	Metrics MetricsConfig `json:"metrics,omitempty"`
 	Log     LogConfig     `json:"log,omitempty"`
 }
@@ -72,6 +75,14 @@ type KubeletConfig struct {
 	// Config is a KubeletConfiguration (kubelet.config.k8s.io/v1beta1) laid
 	// over Skerry's settings.
 	Config map[string]any `json:"config,omitempty"`
+}
+
+// ImagesConfig is how pods come to their images.
+type ImagesConfig struct {
+	// LocalWhenUnreachable lets a container with imagePullPolicy Always start
+	// from the image on the node when its registry cannot be reached; default
+	// true.
+	LocalWhenUnreachable *bool `json:"localWhenUnreachable,omitempty"`
 }
 
 // MetricsConfig is edgecore's own exposition.
@@ -114,6 +125,9 @@ func loadConfig(dataDir string) (Config, error) {
 func (c *Config) complete(dataDir string) {
 	if c.Kubelet.StaticPodPath == "" {
 		c.Kubelet.StaticPodPath = filepath.Join(dataDir, "manifests")
+	}
+	if c.Images.LocalWhenUnreachable == nil {
+		c.Images.LocalWhenUnreachable = ptr.To(true)
 	}
 	if c.Metrics.Listen == "" {
 		c.Metrics.Listen = defaultMetricsListen

@@ -124,7 +124,14 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 		return err
 	}
 	kcfg.Transport = facade.Transport()
+	if kcfg.ImageEndpoint, err = imagesEndpoint(dataDir); err != nil {
+		return err
+	}
 	k, err := kubelet.New(kcfg)
+	if err != nil {
+		return err
+	}
+	imageProxy, err := newImages(cfg, kcfg.ImageEndpoint, db, uplink, k, log)
 	if err != nil {
 		return err
 	}
@@ -133,12 +140,16 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 	if err := own.listen(); err != nil {
 		return err
 	}
+	if err := imageProxy.Listen(); err != nil {
+		return err
+	}
 	handler = own.beside(k.Handler)
 
 	// The store outlives everything that uses it, and the kubelet's process
 	// ends with its Run.
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return own.run(ctx) })
+	g.Go(func() error { return imageProxy.Run(ctx) })
 	g.Go(func() error {
 		if !db.Synced() {
 			log.Info("waiting for this node's first sync with the hub; pods start after it", "hub", hub)

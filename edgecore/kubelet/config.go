@@ -30,6 +30,9 @@ type Config struct {
 	// RuntimeEndpoint is the CRI socket, "unix://" may be left out; empty
 	// means /run/containerd/containerd.sock.
 	RuntimeEndpoint string
+	// ImageEndpoint is the socket of the image service where that is not the
+	// runtime's own; empty means RuntimeEndpoint.
+	ImageEndpoint string
 	// CgroupRoot is the cgroup the pods' cgroups are made below; empty means
 	// the root. It is made if missing.
 	CgroupRoot string
@@ -124,6 +127,11 @@ func (c *Config) complete() error {
 		errs = append(errs, err)
 	}
 	c.RuntimeEndpoint = endpoint
+	if c.ImageEndpoint != "" {
+		if c.ImageEndpoint, err = cleanEndpoint(c.ImageEndpoint); err != nil {
+			errs = append(errs, err)
+		}
+	}
 	for name, dir := range map[string]string{"root directory": c.RootDir, "pod logs directory": c.PodLogsDir, "static pod path": c.StaticPodPath} {
 		if dir != "" && !filepath.IsAbs(dir) {
 			errs = append(errs, fmt.Errorf("kubelet: %s %q is not absolute; give a path that starts with /", name, dir))

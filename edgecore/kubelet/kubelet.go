@@ -66,6 +66,15 @@ func New(cfg Config) (*Kubelet, error) {
 	return k, nil
 }
 
+// Settings are the kubelet's, as merged; nobody may change them.
+func (k *Kubelet) Settings() *config.KubeletConfiguration { return k.settings }
+
+// RootDir is where the kubelet keeps volumes and records.
+func (k *Kubelet) RootDir() string { return k.cfg.RootDir }
+
+// RuntimeEndpoint is the runtime's CRI socket, with its scheme.
+func (k *Kubelet) RuntimeEndpoint() string { return k.cfg.RuntimeEndpoint }
+
 // Run waits for the container runtime, checks the host, and runs the kubelet
 // until ctx ends or the node's address changes (ErrAddressChanged). It may be
 // called once per process. The process must exit when it returns: upstream

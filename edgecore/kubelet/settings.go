@@ -54,6 +54,7 @@ var decidedHere = map[string]string{
 	"registerNode":             "an edge node always registers",
 	"providerID":               "edge nodes have no cloud provider",
 	"containerRuntimeEndpoint": "set runtime.endpoint",
+	"imageServiceEndpoint":     "edgecore stands between the kubelet and the runtime's images",
 	"cgroupRoot":               "set kubelet.cgroupRoot",
 	"cgroupDriver":             "set runtime.cgroupDriver",
 	"podLogsDir":               "set kubelet.podLogsDir",
@@ -106,6 +107,7 @@ func (c *Config) base() *kubeletconfigv1beta1.KubeletConfiguration {
 		HealthzPort:  ptr.To[int32](0),
 
 		ContainerRuntimeEndpoint: c.RuntimeEndpoint,
+		ImageServiceEndpoint:     c.ImageEndpoint,
 		CgroupRoot:               c.CgroupRoot,
 		CgroupDriver:             c.CgroupDriver,
 		PodLogsDir:               c.PodLogsDir,
