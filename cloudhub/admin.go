@@ -213,7 +213,13 @@ func newNodeCommand() *cobra.Command {
 	forget := &cobra.Command{
 		Use:   "forget NAME...",
 		Short: "End the enrolment of nodes: their certificates are refused, their names are free",
-		Args:  cobra.MinimumNArgs(1),
+		Long: `End the enrolment of nodes: their tunnels are cut, their certificates are
+refused, and their names are free for other machines. Nothing is stopped: a
+machine that was forgotten runs its pods on, and its Node object stays. To have
+a machine end its pods as well, set node.whenDeleted: stop in its configuration
+and delete its Node first, while it can still hear of that:
+cloudhub kubectl delete node NAME.`,
+		Args: cobra.MinimumNArgs(1),
 		RunE: func(c *cobra.Command, names []string) error {
 			client, reg, err := cluster.connect(c.Context())
 			if err != nil {
@@ -224,8 +230,9 @@ func newNodeCommand() *cobra.Command {
 					return err
 				}
 				fmt.Fprintf(c.OutOrStdout(), "node %s forgotten\n", name)
+				fmt.Fprintf(c.ErrOrStderr(), "the machine runs its pods on, until it has joined a hub again or its containers are stopped there\n")
 				if _, err := client.CoreV1().Nodes().Get(c.Context(), name, metav1.GetOptions{}); err == nil {
-					fmt.Fprintf(c.ErrOrStderr(), "its Node object is kept; remove it and its pods with: cloudhub kubectl delete node %s\n", name)
+					fmt.Fprintf(c.ErrOrStderr(), "its Node object is kept; remove it, and its pods from the cloud, with: cloudhub kubectl delete node %s\n", name)
 				}
 			}
 			return nil

@@ -11,6 +11,7 @@ type edgeCollector struct{ status func() Status }
 
 var (
 	descConnected = desc("connected", "1 while the tunnel to the hub is up.")
+	descDeleted   = desc("node_deleted", "1 while this machine runs on although its Node object was deleted in the cloud.")
 	descLastSync  = desc("last_sync_timestamp_seconds", "When the store was last known to be in step with the cloud.")
 	descOutbox    = desc("outbox_entries", "Changes made here that the cloud has not confirmed.")
 	descDropped   = desc("outbox_dropped_events_total", "Events dropped because the outbox was full.")
@@ -41,6 +42,11 @@ func (c edgeCollector) Collect(ch chan<- prometheus.Metric) {
 		up = 1
 	}
 	gauge(descConnected, up)
+	deleted := 0.0
+	if !st.NodeDeleted.IsZero() {
+		deleted = 1
+	}
+	gauge(descDeleted, deleted)
 	if !st.LastSync.IsZero() {
 		gauge(descLastSync, float64(st.LastSync.UnixMilli())/1e3)
 	}

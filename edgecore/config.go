@@ -10,6 +10,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/utils/ptr"
 	"sigs.k8s.io/yaml"
+
+	"github.com/skerry-io/skerry/edgecore/link"
 )
 
 const (
@@ -51,6 +53,10 @@ type NodeConfig struct {
 	// Labels and Taints are set when the node registers.
 	Labels map[string]string `json:"labels,omitempty"`
 	Taints []corev1.Taint    `json:"taints,omitempty"`
+	// WhenDeleted says what becomes of the pods when the Node object is
+	// deleted in the cloud: keep (the default), they run on until this machine
+	// has joined again; stop, they are ended in order.
+	WhenDeleted link.WhenDeleted `json:"whenDeleted,omitempty"`
 }
 
 // RuntimeConfig is the container runtime.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -9,6 +10,12 @@ import (
 
 	"github.com/skerry-io/skerry/edgecore/identity"
 )
+
+// edgecoreRuns tells whether an edgecore answers for dataDir.
+func edgecoreRuns(ctx context.Context, dataDir string) bool {
+	_, _, err := askStatus(ctx, dataDir)
+	return err == nil
+}
 
 func newJoinCommand() *cobra.Command {
 	var dataDir, token, nodeName string
@@ -34,11 +41,16 @@ configuration below --data-dir. "cloudhub token create" prints the command.`,
 			if err != nil {
 				return err
 			}
+			running := edgecoreRuns(c.Context(), dataDir)
 			if err := ensureConfig(dataDir); err != nil {
 				return err
 			}
 			fmt.Fprintf(c.OutOrStdout(), "node %s joined %s; its certificate ends %s\n", id.NodeName(), args[0], id.Certificate().NotAfter.Local().Format("2006-01-02"))
-			fmt.Fprintf(c.ErrOrStderr(), "configuration: %s\nstart it with: systemctl enable --now edgecore, or: edgecore run --data-dir %s\n", filepath.Join(dataDir, configFile), dataDir)
+			next := "start it with: systemctl enable --now edgecore, or: edgecore run --data-dir " + dataDir
+			if running {
+				next = "edgecore runs as the node it was before; pods stay when it is restarted with: systemctl restart edgecore"
+			}
+			fmt.Fprintf(c.ErrOrStderr(), "configuration: %s\n%s\n", filepath.Join(dataDir, configFile), next)
 			return nil
 		},
 	}

@@ -62,7 +62,10 @@ type Status struct {
 	HubVersion string    `json:"hubVersion,omitempty"`
 	LastSync   time.Time `json:"lastSync,omitzero"`
 	LastError  string    `json:"lastError,omitempty"`
-	RTT        string    `json:"rtt,omitempty"`
+	// NodeDeleted is when this node heard that its Node object was deleted in
+	// the cloud; it needs a new join.
+	NodeDeleted time.Time `json:"nodeDeleted,omitzero"`
+	RTT         string    `json:"rtt,omitempty"`
 
 	Synced        bool           `json:"synced"` // a complete set was stored once
 	Objects       map[string]int `json:"objects"`
@@ -179,7 +182,7 @@ func (s *ownServer) status() Status {
 	l := s.link.State()
 	st := Status{
 		Version: version, Node: s.node, Hub: s.hub, Started: s.started,
-		Connected: l.Connected, Since: l.Since, HubVersion: l.Hub, LastSync: l.LastSync, LastError: l.LastError,
+		Connected: l.Connected, Since: l.Since, HubVersion: l.Hub, LastSync: l.LastSync, LastError: l.LastError, NodeDeleted: l.Deleted,
 		Synced: s.store.Synced(), Objects: map[string]int{},
 		Outbox: s.store.Outbox().Depth(), EventsDropped: s.store.Outbox().Dropped(),
 		StoreWritten: s.store.BytesWritten(),

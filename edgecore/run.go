@@ -84,6 +84,11 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 	}
 	defer db.Close()
 
+	if again, err := link.Rejoin(ctx, db, node, id.JoinID(), cfg.Node.Taints); err != nil {
+		return err
+	} else if again {
+		log.Info("this machine has joined again after its Node was deleted in the cloud; registering it anew", "node", node)
+	}
 	renewer, err := identity.NewRenewer(identity.RenewerConfig{Identity: id, HubURL: hub, Log: log})
 	if err != nil {
 		return err
@@ -103,6 +108,7 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 			},
 		},
 		Store: db, NodeName: node, Agent: "edgecore/" + version, Log: log,
+		JoinID: id.JoinID(), WhenDeleted: cfg.Node.WhenDeleted,
 		Kubelet: func(ctx context.Context) (http.Handler, error) { return handler(ctx) },
 	})
 	if err != nil {

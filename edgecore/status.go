@@ -15,6 +15,7 @@ import (
 
 	"github.com/skerry-io/skerry/edgecore/identity"
 	"github.com/skerry-io/skerry/edgecore/kubelet"
+	"github.com/skerry-io/skerry/edgecore/link"
 )
 
 func newStatusCommand() *cobra.Command {
@@ -75,6 +76,10 @@ func askStatus(ctx context.Context, dataDir string) (Status, []byte, error) {
 func printStatus(w io.Writer, st Status) {
 	ago := func(t time.Time) string { return duration.HumanDuration(time.Since(t)) }
 	fmt.Fprintf(w, "node      %s, edgecore %s, up %s\n", st.Node, st.Version, ago(st.Started))
+	if !st.NodeDeleted.IsZero() {
+		fmt.Fprintf(w, "DELETED   the Node object was deleted in the cloud, as heard %s ago; the pods here are this machine's alone\n", ago(st.NodeDeleted))
+		fmt.Fprintf(w, "          to join again, %s\n", link.RejoinHint(st.Node))
+	}
 	if st.Connected {
 		fmt.Fprintf(w, "hub       %s, %s, connected for %s, round trip %s\n", st.Hub, st.HubVersion, ago(st.Since), st.RTT)
 	} else {

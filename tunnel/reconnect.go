@@ -59,6 +59,16 @@ func jitter(bound time.Duration) time.Duration {
 	return time.Duration(rand.Int64N(int64(bound) + 1))
 }
 
+// Later is what serve returns to have the next session dialled after about Wait
+// (from half of it on), and not as the backoff would have it.
+type Later struct {
+	Wait time.Duration
+	Err  error
+}
+
+func (e *Later) Error() string { return e.Err.Error() }
+func (e *Later) Unwrap() error { return e.Err }
+
 // Run keeps a session up until ctx ends or Retry says so. For each session it
 // calls serve, whose context ends with the session; serve should return then,
 // and if it returns earlier the session is closed and another one dialled.
@@ -144,7 +154,11 @@ func (r *runner) plan(h *held) error {
 	r.log.Warn("tunnel: session ended", "err", err, "serve", h.err, "lived", lived.Round(time.Second))
 	var closed *CloseError
 	remote := errors.As(err, &closed) && closed.Remote
+	var later *Later
 	switch {
+	case errors.As(h.err, &later):
+		r.failures++
+		r.pause = later.Wait/2 + jitter(later.Wait/2)
 	case remote && closed.Code == CloseRevoked:
 		r.failures++
 		r.pause = r.backoff.Denied/2 + jitter(r.backoff.Denied/2)

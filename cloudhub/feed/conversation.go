@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 
@@ -46,6 +47,12 @@ const (
 
 	// readNode bounds the reading of a Node before its new pods are sent.
 	readNode = 2 * time.Second
+
+	// readOwnNode bounds the look at the API server that confirms a Node's
+	// deletion, and partWith what the node may take to end a conversation
+	// that it was told is over.
+	readOwnNode = 10 * time.Second
+	partWith    = 5 * time.Second
 
 	// gather is how long changes are collected into one delta: a Deployment's
 	// pods, or a pod and the ConfigMap made a moment later, go together.
@@ -300,6 +307,11 @@ func (c *conversation) send(ctx context.Context) error {
 
 // deliver sends the differences among refs, in batches.
 func (c *conversation) deliver(ctx context.Context, refs map[edgeapi.Ref]struct{}, synced bool) error {
+	if gone, err := c.nodeDeleted(ctx); err != nil {
+		return err
+	} else if gone {
+		return c.part(ctx)
+	}
 	newPods := c.newPods(refs)
 	if newPods {
 		c.refreshNode(ctx, refs)
@@ -355,6 +367,43 @@ func (c *conversation) deliver(ctx context.Context, refs map[edgeapi.Ref]struct{
 	return c.sendDelta(ctx, delta)
 }
 
+func (c *conversation) ownNode() edgeapi.Ref { return edgeapi.Ref{Resource: "nodes", Name: c.node} }
+
+// nodeDeleted tells whether the cluster has lost the Node that this node knows
+// as its own. Much hangs on the answer, and an informer may be behind that of
+// the hub that delivered the Node: the API server itself is asked.
+func (c *conversation) nodeDeleted(ctx context.Context) (bool, error) {
+	if _, had := c.sent[c.ownNode()]; !had || c.f.lookup(c.ownNode(), c.node) != nil {
+		return false, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, readOwnNode)
+	defer cancel()
+	_, err := c.f.client.CoreV1().Nodes().Get(ctx, c.node, metav1.GetOptions{})
+	switch {
+	case apierrors.IsNotFound(err):
+		return true, nil
+	case err != nil:
+		return false, fmt.Errorf("look for the Node of %s, which seems to be deleted: %w", c.node, err)
+	}
+	return false, nil // the informer will tell
+}
+
+// part tells the node that its Node object was deleted, and lets it end the
+// conversation, so that the message is not lost with the tunnel.
+func (c *conversation) part(ctx context.Context) error {
+	err := fmt.Errorf("the Node object of %s was deleted in the cloud", c.node)
+	if sendErr := c.conn.Send(edgeapi.Goodbye{Reason: edgeapi.ReasonNodeDeleted, Message: err.Error()}); sendErr != nil {
+		return sendErr
+	}
+	timer := time.NewTimer(partWith)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-timer.C:
+	}
+	return err
+}
+
 // newPods tells whether a pod among refs is new to the node.
 func (c *conversation) newPods(refs map[edgeapi.Ref]struct{}) bool {
 	for ref := range refs {
@@ -380,7 +429,7 @@ func (c *conversation) refreshNode(ctx context.Context, refs map[edgeapi.Ref]str
 	}
 	n.ManagedFields = nil
 	c.fresh = n
-	refs[edgeapi.Ref{Resource: "nodes", Name: c.node}] = struct{}{}
+	refs[c.ownNode()] = struct{}{}
 }
 
 // lookup is the feed's, except for a Node that was read since.
@@ -509,8 +558,8 @@ func (c *conversation) difference(ref edgeapi.Ref, delta *edgeapi.Delta) (int, e
 			return len(body), nil
 		}
 	}
-	if !has {
-		return 0, nil
+	if !has || ref == c.ownNode() {
+		return 0, nil // of its own Node's end a node hears otherwise, see nodeDeleted
 	}
 	delete(c.sent, ref)
 	delta.Deletes = append(delta.Deletes, edgeapi.Item{Ref: ref, UID: had.uid})

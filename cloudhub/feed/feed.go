@@ -12,6 +12,11 @@
 // object's first delivery; later deltas carry only the conditions that others
 // own, such as readiness gates, and a change of status alone is no delta.
 //
+// A node whose Node object is deleted is told just that (edgeapi.Goodbye) and
+// gets no differences: deleting a Node says nothing about the machine, and the
+// deletion of its pods, which the cluster's garbage collection then does by
+// itself, is no order to stop them. The node decides, and has to join again.
+//
 // The package never writes to the API server: what a node writes goes to the
 // Writer that the caller passes. It never dials: the caller brings the stream.
 package feed

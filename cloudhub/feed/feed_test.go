@@ -14,8 +14,10 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes/fake"
+	clienttesting "k8s.io/client-go/testing"
 
 	"github.com/skerry-io/skerry/tunnel/edgeapi"
 )
@@ -532,6 +534,75 @@ func TestAChangedNodeLeadsItsNewPods(t *testing.T) {
 				t.Error("the pod came with its Node's change: the kubelet may see it first")
 			}
 		}
+	}
+}
+
+// dismissed wants the hub to say that the Node is gone, and nothing else.
+func (e *edge) dismissed() {
+	e.t.Helper()
+	m, ok := e.receive().(edgeapi.Goodbye)
+	if !ok || m.Reason != edgeapi.ReasonNodeDeleted {
+		e.t.Fatalf("got %#v, want a Goodbye", m)
+	}
+	e.raw.Close()
+	<-e.served
+}
+
+func node1() *corev1.Node { return &corev1.Node{ObjectMeta: objectMeta("", "edge-1", "n1")} }
+
+// A node whose Node is deleted hears that, and not that its pods are gone.
+func TestADeletedNodeIsToldSo(t *testing.T) {
+	client, f := start(t, node1(), pod("p", "edge-1", "p1"))
+	e := connect(t, f, "edge-1", nil)
+	e.sync()
+	if !e.has("nodes", "", "edge-1") || !e.has("pods", "shop", "p") {
+		t.Fatalf("has %v", e.have)
+	}
+	ctx := t.Context()
+	if err := client.CoreV1().Nodes().Delete(ctx, "edge-1", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	e.dismissed()
+
+	// Its pods are collected; it comes again with what it had.
+	if err := client.CoreV1().Pods("shop").Delete(ctx, "p", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	connect(t, f, "edge-1", e.have).dismissed()
+
+	// Joined again, it has no Node and is told what its pods are.
+	delete(e.have, edgeapi.Ref{Resource: "nodes", Name: "edge-1"})
+	e = connect(t, f, "edge-1", e.have)
+	if e.sync(); e.has("pods", "shop", "p") {
+		t.Error("the pod that is gone was not deleted")
+	}
+}
+
+// An informer that is behind is no witness of a deletion.
+func TestANodeThatAnInformerLacksIsNotDeleted(t *testing.T) {
+	client, f := start(t)
+	looks := 0
+	client.PrependReactor("get", "nodes", func(clienttesting.Action) (bool, runtime.Object, error) {
+		looks++
+		return true, node1(), nil
+	})
+	ref := edgeapi.Ref{Resource: "nodes", Name: "edge-1"}
+	e := connect(t, f, "edge-1", map[edgeapi.Ref]edgeapi.Upsert{ref: {Ref: ref, UID: "n1", Rev: "r"}})
+	if e.sync(); !e.has("nodes", "", "edge-1") || looks == 0 {
+		t.Errorf("has %v after %d looks at the API server", e.have, looks)
+	}
+}
+
+// Nor is an API server that does not answer.
+func TestANodeIsNotDeletedUnseen(t *testing.T) {
+	client, f := start(t)
+	client.PrependReactor("get", "nodes", func(clienttesting.Action) (bool, runtime.Object, error) {
+		return true, nil, errors.New("away")
+	})
+	ref := edgeapi.Ref{Resource: "nodes", Name: "edge-1"}
+	e := connect(t, f, "edge-1", map[edgeapi.Ref]edgeapi.Upsert{ref: {Ref: ref, UID: "n1", Rev: "r"}})
+	if m, err := e.conn.Receive(); err == nil {
+		t.Errorf("got %#v", m)
 	}
 }
 

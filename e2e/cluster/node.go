@@ -237,6 +237,7 @@ type Status struct {
 	Outbox    int       `json:"outbox"`
 
 	EventsDropped uint64 `json:"eventsDropped"`
+	NodeDeleted time.Time `json:"nodeDeleted"`
 
 	Objects map[string]int `json:"objects"`
 

@@ -63,6 +63,8 @@ type meta struct {
 	// IssuedAt is the hub's clock when it issued the certificate: this
 	// machine's clock cannot rightly be before it.
 	IssuedAt time.Time `json:"issuedAt"`
+	// Join names the joining that this identity began with. Renewals keep it.
+	Join string `json:"join,omitempty"`
 }
 
 // Load reads the identity of the node whose data lies in dataDir. A
@@ -99,6 +101,10 @@ func Remove(dataDir string) error {
 
 // NodeName is the node's name in the cluster.
 func (id *Identity) NodeName() string { return id.material().meta.NodeName }
+
+// JoinID names the joining that made this machine a node. It differs from
+// joining to joining and stays through renewals.
+func (id *Identity) JoinID() string { return id.material().meta.Join }
 
 // HubURL is the hub's base URL, without a path.
 func (id *Identity) HubURL() *url.URL { u := *id.material().hub; return &u }

@@ -86,6 +86,7 @@ func Join(ctx context.Context, opts JoinOptions) (*Identity, error) {
 	if err != nil {
 		return nil, hub.fail(ReasonBadAnswer, err, "the hub's answer cannot be used: "+err.Error(), "update edgecore or cloudhub so that their versions fit")
 	}
+	m.meta.Join = rand.Text()
 	if err := install(j.dataDir, m); err != nil {
 		return nil, fmt.Errorf("join: the hub accepted this machine as node %s, but %w; then run the same command again within 10 minutes", j.node, err)
 	}

@@ -181,6 +181,7 @@ func (id *Identity) renew(ctx context.Context, at *url.URL, log *slog.Logger) er
 	if m.meta.IssuedAt.Before(present.meta.IssuedAt) {
 		m.meta.IssuedAt = present.meta.IssuedAt // time does not run backwards
 	}
+	m.meta.Join = present.meta.Join
 	if err := install(id.dataDir, m); err != nil {
 		return fmt.Errorf("renew: %w", err)
 	}

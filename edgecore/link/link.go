@@ -38,7 +38,12 @@ type Config struct {
 	// Kubelet returns the handler that serves the hub's requests; it may wait
 	// until the kubelet has started. Required.
 	Kubelet func(ctx context.Context) (http.Handler, error)
-	Log     *slog.Logger // nil discards
+	// JoinID names the joining that this node runs under, see Rejoin.
+	JoinID string
+	// WhenDeleted says what becomes of the pods when the Node is deleted in
+	// the cloud; empty means KeepPods.
+	WhenDeleted WhenDeleted
+	Log         *slog.Logger // nil discards
 }
 
 // Link is safe for concurrent use.
@@ -53,9 +58,6 @@ type Link struct {
 	state   State
 	session *tunnel.Session // while connected
 	talk    *talk           // the conversation under way
-
-	// Owned by the conversation under way.
-	registered bool // this process has met the hub's set once
 }
 
 // State is what a Link knows about itself.
@@ -64,6 +66,7 @@ type State struct {
 	Since     time.Time // of the present state
 	LastSync  time.Time // when the store was last known to be in step
 	LastError string    // why the last tunnel ended or could not be made, until one is in step
+	Deleted   time.Time // when the node heard that its Node was deleted in the cloud; zero if it was not
 	Hub       string    // the hub's version, once connected
 	Tunnel    tunnel.Stats
 
@@ -79,7 +82,18 @@ func New(cfg Config) (*Link, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	l := &Link{cfg: cfg, log: cfg.Log, firstSync: make(chan struct{}), state: State{Since: time.Now()}}
+	switch cfg.WhenDeleted {
+	case "":
+		cfg.WhenDeleted = KeepPods
+	case KeepPods, StopPods:
+	default:
+		return nil, fmt.Errorf("link: WhenDeleted %q: use %s or %s", cfg.WhenDeleted, KeepPods, StopPods)
+	}
+	gone, _, err := storedDeletion(cfg.Store)
+	if err != nil {
+		return nil, err
+	}
+	l := &Link{cfg: cfg, log: cfg.Log, firstSync: make(chan struct{}), state: State{Since: time.Now(), Deleted: gone.At}}
 	told := cfg.Dialer.Retry
 	cfg.Dialer.Retry = func(err error, wait time.Duration) error {
 		// A tunnel that was closed here was closed for a reason, which is noted
@@ -102,6 +116,15 @@ func New(cfg Config) (*Link, error) {
 // Run keeps the tunnel until ctx ends, and returns when all it started has
 // stopped.
 func (l *Link) Run(ctx context.Context) error {
+	if l.isDeleted() {
+		l.log.Warn("this node's Node object was deleted in the cloud before; it needs a new join", "node", l.cfg.NodeName,
+			"pods", string(l.cfg.WhenDeleted), "next", RejoinHint(l.cfg.NodeName))
+		if l.cfg.WhenDeleted == StopPods { // also for an operator who chose it since
+			if err := l.stopPods(ctx); err != nil {
+				return fmt.Errorf("stop the pods of the deleted node: %w", err)
+			}
+		}
+	}
 	err := l.cfg.Dialer.Run(ctx, l.serve)
 	if ctx.Err() != nil {
 		return nil

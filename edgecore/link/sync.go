@@ -141,7 +141,7 @@ func (l *Link) converse(ctx context.Context, st *tunnel.Stream, conn *edgeapi.Co
 	if err := st.SetReadDeadline(time.Now().Add(greetTimeout)); err != nil {
 		return err
 	}
-	if err := l.greet(conn); err != nil {
+	if err := l.greet(ctx, conn); err != nil {
 		return err
 	}
 	if err := st.SetReadDeadline(time.Time{}); err != nil {
@@ -172,7 +172,7 @@ func (l *Link) converse(ctx context.Context, st *tunnel.Stream, conn *edgeapi.Co
 	return g.Wait()
 }
 
-func (l *Link) greet(conn *edgeapi.Conn) error {
+func (l *Link) greet(ctx context.Context, conn *edgeapi.Conn) error {
 	outbox := l.cfg.Store.Outbox()
 	err := conn.Send(edgeapi.Hello{
 		Version: edgeapi.Version, Agent: l.cfg.Agent,
@@ -214,7 +214,7 @@ func (l *Link) greet(conn *edgeapi.Conn) error {
 		}
 		return nil
 	case edgeapi.Goodbye:
-		return &goodbyeError{m}
+		return l.goodbye(ctx, m)
 	default:
 		return fmt.Errorf("expected Welcome, got %T", m)
 	}
@@ -223,6 +223,14 @@ func (l *Link) greet(conn *edgeapi.Conn) error {
 type goodbyeError struct{ m edgeapi.Goodbye }
 
 func (e *goodbyeError) Error() string { return "the hub refuses this node: " + e.m.Message }
+
+func (l *Link) goodbye(ctx context.Context, m edgeapi.Goodbye) error {
+	err := &goodbyeError{m}
+	if m.Reason == edgeapi.ReasonNodeDeleted {
+		return l.deleted(ctx, err)
+	}
+	return err
+}
 
 // receive commits deltas and takes results until the stream ends.
 func (l *Link) receive(ctx context.Context, conn *edgeapi.Conn, flight *inFlight, synced chan<- struct{}) error {
@@ -242,9 +250,8 @@ func (l *Link) receive(ctx context.Context, conn *edgeapi.Conn, flight *inFlight
 			if m.Synced || synced == nil {
 				l.inStep()
 			}
-			l.registerAgain(ctx, m)
 			if m.Synced && synced != nil {
-				l.registered = true
+				l.returned(ctx)
 				l.syncOnce.Do(func() { close(l.firstSync) })
 				l.assertStatuses(ctx)
 				close(synced)
@@ -257,7 +264,7 @@ func (l *Link) receive(ctx context.Context, conn *edgeapi.Conn, flight *inFlight
 			}
 			l.result(op, m)
 		case edgeapi.Goodbye:
-			return &goodbyeError{m}
+			return l.goodbye(ctx, m)
 		default:
 			return fmt.Errorf("unexpected %T from the hub", m)
 		}
@@ -270,39 +277,13 @@ func (l *Link) inStep() {
 	l.state.LastSync, l.state.LastError = time.Now(), ""
 }
 
-// registerAgain makes the Node anew that was deleted in the cloud before this
-// process began. The kubelet itself would not: the store has the Node, which
-// it takes for registered.
-func (l *Link) registerAgain(ctx context.Context, m edgeapi.Delta) {
-	for _, it := range m.Deletes {
-		if it.Resource != "nodes" {
-			continue
-		}
-		if l.registered {
-			l.log.Warn("this node's Node object was deleted in the cloud; restart edgecore to register it again, or run edgecore reset to retire the node", "node", it.Name)
-			continue
-		}
-		l.log.Info("this node's Node object was deleted in the cloud; registering it again", "node", it.Name)
-		err := l.cfg.Store.Local(ctx, func(tx *store.Tx) error {
-			if o, ok := tx.Get(keyOf(it.Ref)); ok {
-				tx.MarkDirty(store.Mark{Op: store.OpCreate, Key: o.Key, UID: o.UID})
-			}
-			return nil
-		})
-		if err != nil {
-			l.log.Error("registration not queued", "err", err)
-		}
-	}
-}
-
-// delta translates what came over the wire. A Node that was deleted in the
-// cloud stays here: its pods' deletions come by themselves, and a restart of
-// edgecore registers it again, as a kubelet would.
+// delta translates what came over the wire. No delta ends this node's own Node:
+// of that the hub tells with a Goodbye.
 func (l *Link) delta(m edgeapi.Delta) store.Delta {
 	var d store.Delta
 	for _, it := range m.Deletes {
 		if it.Resource == "nodes" {
-			continue // see registerAgain
+			continue
 		}
 		d.Deletions = append(d.Deletions, store.Deletion{Key: keyOf(it.Ref), UID: it.UID})
 	}

@@ -205,6 +205,12 @@ const (
 	ReasonVersion  = "Version"  // the two sides share no protocol version
 	ReasonReplaced = "Replaced" // a newer tunnel of the same node took over
 	ReasonRevoked  = "Revoked"  // the node is no longer enrolled
+
+	// ReasonNodeDeleted says that the cluster had this node's Node object and
+	// has it no more. It comes in place of the differences: the node is not
+	// told which of its pods are gone. What it does about it is its operator's
+	// choice; it registers itself again only after it has joined again.
+	ReasonNodeDeleted = "NodeDeleted"
 )
 
 func (Hello) messageType() byte       { return typeHello }
