@@ -52,10 +52,16 @@ type Config struct {
 
 	// PingInterval is how long the edge lets the link be silent at first: zero
 	// means 50 s, below the minute after which common proxies cut a
-	// connection. It climbs by PingStep (zero: 25 s) after three good pings,
-	// to PingMax (zero: 230 s, below common NAT timeouts), and is halved when
-	// a ping found the link dead. At the hub only PingMax is used, as the cap
-	// it tells edges; zero there means none.
+	// connection, or PingMax if that is less. It climbs by PingStep (zero:
+	// 25 s) after three good pings, to PingMax, and is halved when a ping found
+	// the link dead. At the hub only PingMax is used, as the cap it tells
+	// edges; zero there means none.
+	//
+	// PingMax is what a dead link's notice costs, and what silence costs: a
+	// ping and its answer are 221 B on the wire, which every 50 s is 11.5 MB a
+	// month, every 230 s (about as long as common NATs remember) 2.5 MB. Zero
+	// means PingInterval: no climbing, so that a dead edge is noticed by the
+	// hub within 75 s.
 	PingInterval, PingStep, PingMax time.Duration
 
 	// BusyPing is the interval for a minute after a ClassStream stream moved
@@ -71,8 +77,11 @@ type Config struct {
 	HelloTimeout time.Duration
 
 	// DeadFactor times the announced ping interval is the silence after which
-	// the hub takes the session for dead; zero means 2.5.
+	// the hub takes the session for dead, but no more than DeadGrace beyond the
+	// interval. Zero means 2.5 and 25 s: an edge that lives has by then given
+	// up on its own ping (PongTimeout).
 	DeadFactor float64
+	DeadGrace  time.Duration
 
 	// CloseGrace is how long a closing session tries to tell the peer why;
 	// zero means 250 ms.
@@ -105,9 +114,14 @@ func (c Config) withDefaults(hub bool) (Config, error) {
 	setDuration(&c.HelloTimeout, 20*time.Second)
 	setDuration(&c.CloseGrace, 250*time.Millisecond)
 	if !hub {
-		setDuration(&c.PingInterval, 50*time.Second)
+		if c.PingInterval == 0 {
+			c.PingInterval = 50 * time.Second
+			if c.PingMax > 0 {
+				c.PingInterval = min(c.PingInterval, c.PingMax)
+			}
+		}
 		setDuration(&c.PingStep, 25*time.Second)
-		setDuration(&c.PingMax, max(230*time.Second, c.PingInterval))
+		setDuration(&c.PingMax, c.PingInterval)
 		if c.PingMax < c.PingInterval {
 			return c, fmt.Errorf("tunnel: PingMax %v is below PingInterval %v", c.PingMax, c.PingInterval)
 		}
@@ -121,6 +135,7 @@ func (c Config) withDefaults(hub bool) (Config, error) {
 	if c.DeadFactor == 0 {
 		c.DeadFactor = 2.5
 	}
+	setDuration(&c.DeadGrace, 25*time.Second)
 	if c.Memory == nil {
 		c.Memory = NewMemory(0)
 	}
@@ -132,7 +147,7 @@ func (c Config) withDefaults(hub bool) (Config, error) {
 	case c.DeadFactor < 1:
 		return c, fmt.Errorf("tunnel: DeadFactor %v is below 1", c.DeadFactor)
 	case c.BusyPing < 0 || c.PingMax < 0 || c.PingInterval < 0 || c.PingStep < 0 ||
-		c.PongTimeout < 0 || c.HelloTimeout < 0 || c.CloseGrace < 0 || c.WindowBudget < 0:
+		c.PongTimeout < 0 || c.DeadGrace < 0 || c.HelloTimeout < 0 || c.CloseGrace < 0 || c.WindowBudget < 0:
 		return c, errors.New("tunnel: durations and budgets must not be negative")
 	}
 	return c, nil

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"mime"
 	"net"
 	"net/http"
 	"net/url"
@@ -39,7 +40,9 @@ type Dialer struct {
 	// Proxy chooses an HTTP proxy; nil means the environment's.
 	Proxy func(*http.Request) (*url.URL, error)
 
-	// NetDial makes TCP connections; nil means net.Dialer without keepalive.
+	// NetDial makes TCP connections; nil means net.Dialer without keepalive,
+	// which goes to the address that was reached last while names do not
+	// resolve: TLS tells whether the hub is still there.
 	NetDial func(ctx context.Context, network, addr string) (net.Conn, error)
 
 	// Timeout is for one whole attempt; zero means 30 s.
@@ -56,6 +59,8 @@ type Dialer struct {
 	Log *slog.Logger
 
 	learned pingInterval
+	kicks   kicks
+	known   knownAddress
 }
 
 // DialReason tells failures to reach the hub apart.
@@ -71,6 +76,7 @@ const (
 	DialTLS         DialReason = "tls"         // other TLS failures; a hub that refuses the edge's certificate is here
 	DialRejected    DialReason = "rejected"    // HTTP 401 or 403: the hub does not let this edge in
 	DialGone        DialReason = "gone"        // HTTP 410: the hub has removed this edge
+	DialPortal      DialReason = "portal"      // something that is no hub answers in its place
 	DialHTTP        DialReason = "http"        // another HTTP status
 	DialProtocol    DialReason = "protocol"    // not a tunnel endpoint
 	DialLost        DialReason = "lost"        // the connection broke during the handshake
@@ -113,7 +119,9 @@ func (e *DialError) hint() string {
 	case DialTimeout:
 		return "check the network and firewalls between"
 	case DialCertificate:
-		return "check the hub's name, its CA and this node's clock"
+		return "a captive portal, a proxy or another hub may answer in the hub's place; check the network, the hub's name, its CA and this node's clock"
+	case DialPortal:
+		return "a captive portal or a proxy answers in the hub's place; sign in to this network, or check the hub's address and port"
 	case DialTLS:
 		return "check this node's certificate and clock"
 	case DialRejected:
@@ -156,6 +164,7 @@ func (d *Dialer) dial(ctx context.Context, rawURL string) (*Session, error) {
 
 	var conns closer // gorilla heeds the context only while it connects
 	defer context.AfterFunc(attempt, conns.close)()
+	attempt, stage := traceStage(attempt)
 	tlsConfig := d.TLS.Clone()
 	tlsConfig.NextProtos = []string{"http/1.1"}
 	tlsConfig.DynamicRecordSizingDisabled = true
@@ -177,7 +186,11 @@ func (d *Dialer) dial(ctx context.Context, rawURL string) (*Session, error) {
 		if ctx.Err() != nil {
 			return nil, fmt.Errorf("tunnel: dial %s: %w", rawURL, ctx.Err())
 		}
-		return nil, dialError(rawURL, resp, err, attempt.Err())
+		e := dialError(rawURL, resp, err, attempt.Err())
+		if e.Reason == DialTimeout {
+			e.Err = fmt.Errorf("timed out waiting %s: %w", stage(), err)
+		}
+		return nil, e
 	}
 	if ws.Subprotocol() != Subprotocol {
 		_ = ws.Close()
@@ -195,7 +208,7 @@ func (d *Dialer) netDial() func(ctx context.Context, network, addr string) (net.
 	if d.NetDial != nil {
 		return d.NetDial
 	}
-	return (&net.Dialer{KeepAlive: -1}).DialContext
+	return d.known.dial
 }
 
 func hubURL(raw string) (*url.URL, error) {
@@ -267,6 +280,12 @@ func dialError(rawURL string, resp *http.Response, err, timeout error) *DialErro
 		e.Status, e.RetryAfter = resp.StatusCode, retryAfter(resp.Header, time.Now())
 		e.Body = firstLine(resp.Body)
 		e.Reason = reasonOfStatus(resp.StatusCode)
+		if isPage(resp) {
+			e.Reason, e.Body, e.RetryAfter = DialPortal, "", 0
+			if to, err := resp.Location(); err == nil {
+				e.Body = "go to " + printable(to.Host)
+			}
+		}
 	case errors.As(err, &dns):
 		e.Reason = DialDNS
 	case errors.Is(err, syscall.ECONNREFUSED):
@@ -275,13 +294,21 @@ func dialError(rawURL string, resp *http.Response, err, timeout error) *DialErro
 		e.Reason = DialUnreachable
 	case errors.As(err, &verify), errors.As(err, &unknown), errors.As(err, &host), errors.As(err, &invalid):
 		e.Reason = DialCertificate
-	case errors.As(err, &alert), errors.As(err, &record), errors.As(err, &op) && op.Op == "remote error":
+		if verify != nil && len(verify.UnverifiedCertificates) > 0 {
+			shown := verify.UnverifiedCertificates[0]
+			e.Err = fmt.Errorf("the certificate shown, for %q by %q, is not to be trusted: %w",
+				printable(shown.Subject.String()), printable(shown.Issuer.String()), err)
+		}
+	case errors.As(err, &record):
+		e.Reason = DialPortal
+		e.Err = fmt.Errorf("what answers does not speak TLS: %w", err)
+		if string(record.RecordHeader[:]) == "HTTP/" {
+			e.Err = fmt.Errorf("what answers speaks plain HTTP, not TLS: %w", err)
+		}
+	case errors.As(err, &alert), errors.As(err, &op) && op.Op == "remote error":
 		e.Reason = DialTLS // TLS 1.3 shows a refused client certificate as an alert on the first read
 	case timeout != nil, errors.As(err, &network) && network.Timeout():
 		e.Reason = DialTimeout
-		if !errors.Is(err, context.DeadlineExceeded) {
-			e.Err = fmt.Errorf("timed out: %w", err)
-		}
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
 		e.Reason = DialLost
 	default:
@@ -302,15 +329,29 @@ func reasonOfStatus(status int) DialReason {
 	return DialHTTP
 }
 
+// isPage tells an answer that is meant for a person with a browser: no hub
+// sends people elsewhere, or asks them to sign in.
+func isPage(resp *http.Response) bool {
+	kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+	return resp.StatusCode/100 == 3 || resp.StatusCode == http.StatusNetworkAuthenticationRequired ||
+		resp.StatusCode == http.StatusOK && kind == "text/html"
+}
+
 func firstLine(r io.Reader) string {
 	b, _ := io.ReadAll(io.LimitReader(r, 256))
 	line, _, _ := strings.Cut(strings.TrimSpace(string(b)), "\n")
-	return strings.Map(func(r rune) rune {
-		if r < ' ' {
+	return printable(line)
+}
+
+// printable keeps text of the network from moving a terminal's cursor.
+func printable(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
 			return ' '
 		}
 		return r
-	}, line)
+	}, s)
+	return s[:min(len(s), 256)]
 }
 
 // retryAfter reads the header in both its forms, at most an hour.

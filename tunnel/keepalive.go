@@ -13,7 +13,8 @@ import (
 //
 // Only the edge pings, and only when it has sent or heard nothing for the
 // interval; each ping announces the next interval. The hub merely checks that
-// it heard something within DeadFactor announced intervals. Any traffic counts.
+// it heard something within DeadFactor announced intervals, or DeadGrace after
+// one if that is sooner. Any traffic counts.
 type keepalive struct {
 	timer     *time.Timer
 	greeted   bool
@@ -131,13 +132,34 @@ func (s *Session) checkLink() {
 
 // checkEdgeLocked is the hub's check.
 func (s *Session) checkEdgeLocked(now int64) (dead string) {
-	limit := time.Duration(float64(s.keep.announced) * s.cfg.DeadFactor)
+	limit := s.silenceLocked()
 	quiet := time.Duration(now - s.lastHeard.Load())
 	if quiet >= limit {
 		return fmt.Sprintf("nothing heard for %v", quiet.Round(time.Second))
 	}
 	s.armKeepaliveLocked(limit - quiet)
 	return ""
+}
+
+// silenceLocked is how long the hub bears to hear nothing.
+func (s *Session) silenceLocked() time.Duration {
+	promised := s.keep.announced
+	return min(time.Duration(float64(promised)*s.cfg.DeadFactor), promised+s.cfg.DeadGrace)
+}
+
+// Probe asks the hub for a sign of life now, as after a change of the network,
+// in place of at the next ping: without one within Config.PongTimeout the
+// session ends. It is the edge's, and does nothing while a ping is unanswered.
+func (s *Session) Probe() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil || s.hub || !s.keep.greeted || s.keep.pingAt > 0 && s.lastHeard.Load() < s.keep.pingAt {
+		return
+	}
+	s.keep.pingAt, s.keep.pingIdle = max(s.now(), 1), false
+	s.pushPingLocked()
+	s.kickLocked(false)
+	s.armKeepaliveLocked(s.cfg.PongTimeout)
 }
 
 // pingHubLocked is the edge's check.
@@ -232,7 +254,7 @@ func (s *Session) handlePing(p []byte) error {
 	}
 	if s.hub && s.err == nil {
 		s.promisedLocked(interval)
-		s.armKeepaliveLocked(time.Duration(float64(s.keep.announced) * s.cfg.DeadFactor))
+		s.armKeepaliveLocked(s.silenceLocked())
 	}
 	s.kickLocked(false)
 	return s.countJunk("PING")

@@ -160,11 +160,14 @@ func TestHalfOpenLinkIsNoticed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		wrap, cut := newCut()
 		edge, hub := newPair(t, Config{}, Config{}, wrap)
-		time.Sleep(5 * time.Minute) // both live on
+		time.Sleep(5 * time.Hour) // both live on
 		if edge.Err() != nil || hub.Err() != nil {
 			t.Fatalf("edge %v, hub %v", edge.Err(), hub.Err())
 		}
 		interval := hub.Stats().PingInterval
+		if interval > 50*time.Second {
+			t.Errorf("an idle link is silent for %v by default: a dead node would be Ready for too long", interval)
+		}
 		cut()
 		start := time.Now()
 		<-edge.Done()
@@ -173,7 +176,7 @@ func TestHalfOpenLinkIsNoticed(t *testing.T) {
 		}
 		wantDead(t, edge, "no answer to a ping")
 		<-hub.Done()
-		if took, most := time.Since(start), interval*5/2+time.Second; took > most || took < interval {
+		if took, most := time.Since(start), interval+26*time.Second; took > most || took < interval {
 			t.Errorf("hub took %v; want at most %v", took, most)
 		}
 		wantDead(t, hub, "nothing heard")
@@ -217,6 +220,48 @@ func TestHalfOpenLinkIsNoticedSoonWhenBusy(t *testing.T) {
 	})
 }
 
+// An edge that pings rarely, as it asked for, is missed soon after its word too.
+func TestHalfOpenLinkIsNoticedOnAnExpensiveLink(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		wrap, cut := newCut()
+		edge, hub := newPair(t, Config{PingMax: 230 * time.Second}, Config{}, wrap)
+		time.Sleep(5 * time.Hour)
+		cut()
+		start := time.Now()
+		<-hub.Done()
+		if took := time.Since(start); took > 256*time.Second {
+			t.Errorf("hub took %v", took)
+		}
+		<-edge.Done()
+	})
+}
+
+// A change of the network has the link tested at once.
+func TestProbe(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		wrap, cut := newCut()
+		edge, _ := newPair(t, Config{}, Config{}, wrap)
+		time.Sleep(time.Minute)
+		before := edge.Stats().MessagesOut
+		edge.Probe()
+		time.Sleep(25 * time.Second)
+		if got := edge.Stats().MessagesOut - before; edge.Err() != nil || got != 1 {
+			t.Fatalf("%d messages for a probe, session %v", got, edge.Err())
+		}
+		cut()
+		start := time.Now()
+		for range 5 {
+			edge.Probe()
+		}
+		<-edge.Done()
+		if took := time.Since(start); took > 21*time.Second {
+			t.Errorf("took %v", took)
+		}
+		wantDead(t, edge, "no answer to a ping")
+		edge.Probe()
+	})
+}
+
 func TestNoHello(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ws, hub := newRawEdge(t, Config{}, nil)
@@ -232,12 +277,17 @@ func TestNoHello(t *testing.T) {
 	})
 }
 
-// An idle link costs a ping now and then, ever fewer, up to the cap.
+// An idle link costs a ping now and then; where the edge asks for it ever fewer,
+// up to the hub's cap.
 func TestPingIntervalClimbs(t *testing.T) {
-	for limit, want := range map[time.Duration]time.Duration{0: 230 * time.Second, 100 * time.Second: 100 * time.Second} {
-		t.Run(fmt.Sprint(limit), func(t *testing.T) {
+	const s = time.Second
+	for _, c := range []struct{ asked, limit, want time.Duration }{
+		{0, 0, 50 * s}, {230 * s, 0, 230 * s}, {230 * s, 100 * s, 100 * s}, {20 * s, 0, 20 * s}, {0, 30 * s, 30 * s},
+	} {
+		limit, want := c.limit, c.want
+		t.Run(fmt.Sprint(c.asked, limit), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				edge, hub := newPair(t, Config{}, Config{PingMax: limit}, nil)
+				edge, hub := newPair(t, Config{PingMax: c.asked}, Config{PingMax: limit}, nil)
 				time.Sleep(time.Minute)
 				first := edge.Stats().MessagesOut
 				time.Sleep(3 * time.Hour)
@@ -283,7 +333,7 @@ func TestLearnedIntervalIsHalvedOnLoss(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		learned := new(pingInterval)
 		wrap, cut := newCut()
-		edge, _ := newPair(t, Config{learned: learned}, Config{}, wrap)
+		edge, _ := newPair(t, Config{learned: learned, PingMax: 230 * time.Second}, Config{}, wrap)
 		time.Sleep(time.Hour)
 		before := learned.get()
 		cut()

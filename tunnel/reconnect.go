@@ -113,7 +113,9 @@ type runner struct {
 	failures int           // in a row
 	failed   DialReason    // of the last failure, so that equal ones are logged once
 	pause    time.Duration // before the next attempt
+	fixed    pauseKind     // what may cut the pause short
 	next     string        // URL a drained hub named for the next attempt
+	kicked   time.Time     // when a pause was last cut short
 }
 
 // held is a session with its serve call.
@@ -155,17 +157,21 @@ func (r *runner) plan(h *held) error {
 	var closed *CloseError
 	remote := errors.As(err, &closed) && closed.Remote
 	var later *Later
+	r.fixed = pauseBackoff
 	switch {
 	case errors.As(h.err, &later):
+		r.fixed = pauseAsked
 		r.failures++
 		r.pause = later.Wait/2 + jitter(later.Wait/2)
 	case remote && closed.Code == CloseRevoked:
 		r.failures++
+		r.fixed = pauseAsked
 		r.pause = r.backoff.Denied/2 + jitter(r.backoff.Denied/2)
 	case remote && closed.Code == CloseReplaced:
 		// Somebody else uses this edge's identity; coming back at once would
 		// only throw them out in turn.
 		r.failures++
+		r.fixed = pauseAsked
 		r.pause = r.backoff.Max/2 + jitter(r.backoff.Max/2)
 	case lived >= r.backoff.Lived:
 		r.failures = 0
@@ -188,6 +194,7 @@ func (r *runner) drain(h *held, g GoAway) {
 	}
 	r.old = h
 	r.failures, r.pause, r.next = 0, g.Slot+jitter(r.backoff.First), ""
+	r.fixed = pauseSlot
 	if time.Since(h.since) < r.backoff.Lived {
 		// A hub that drains whatever comes must not be hammered.
 		r.failures++
@@ -202,7 +209,7 @@ func (r *runner) drain(h *held, g GoAway) {
 // connect attempts until there is a session.
 func (r *runner) connect(ctx context.Context) (*Session, error) {
 	for {
-		if err := sleep(ctx, r.pause); err != nil {
+		if err := r.rest(ctx); err != nil {
 			return nil, err
 		}
 		url := r.d.URL
@@ -229,9 +236,13 @@ func (r *runner) fail(err error) error {
 	r.failures++
 	r.pause = r.backoff.wait(r.failures, err)
 	reason := DialLost
+	r.fixed = pauseBackoff
 	var de *DialError
 	if errors.As(err, &de) {
 		reason = de.Reason
+		if reason == DialRejected || reason == DialGone || de.RetryAfter > 0 {
+			r.fixed = pauseAsked
+		}
 	}
 	if reason != r.failed {
 		r.log.Warn("tunnel: not connected, will retry", "err", err, "wait", r.pause)
@@ -243,18 +254,4 @@ func (r *runner) fail(err error) error {
 		return r.d.Retry(err, r.pause)
 	}
 	return nil
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	if d <= 0 {
-		return ctx.Err()
-	}
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 }

@@ -14,6 +14,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/gorilla/websocket"
 )
 
 // pipeHub is a hub behind TLS over pipes, for virtual time.
@@ -23,8 +25,9 @@ type pipeHub struct {
 	sessions chan *Session
 
 	mu     sync.Mutex
-	down   bool // refuses connections
-	answer func(w http.ResponseWriter) bool
+	down   bool           // refuses connections
+	bare   func(net.Conn) // serves connections in place of TLS
+	answer func(w http.ResponseWriter, r *http.Request) bool
 	dials  []time.Time
 }
 
@@ -34,7 +37,7 @@ func newPipeHub(t *testing.T) *pipeHub {
 		h.mu.Lock()
 		answer := h.answer
 		h.mu.Unlock()
-		if answer != nil && answer(w) {
+		if answer != nil && answer(w, r) {
 			return
 		}
 		if s, err := Upgrade(w, r, Config{}); err == nil {
@@ -53,20 +56,42 @@ func (h *pipeHub) dialer() *Dialer {
 		NetDial: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			h.mu.Lock()
 			h.dials = append(h.dials, time.Now())
-			down := h.down
+			down, bare := h.down, h.bare
 			h.mu.Unlock()
 			if down {
 				return nil, errors.New("no such luck")
+			}
+			if bare != nil {
+				near, far := net.Pipe()
+				go bare(far)
+				return near, nil
 			}
 			return h.ln.dial(ctx, network, addr)
 		},
 	}
 }
 
-func (h *pipeHub) set(down bool, answer func(w http.ResponseWriter) bool) {
+func (h *pipeHub) set(down bool, answer func(w http.ResponseWriter, r *http.Request) bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.down, h.answer = down, answer
+}
+
+// raw has connections served without TLS; nil ends that.
+func (h *pipeHub) raw(serve func(net.Conn)) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.bare = serve
+}
+
+// upgradeOnly takes the WebSocket and leaves it at that.
+func (h *pipeHub) upgradeOnly(w http.ResponseWriter, r *http.Request) (net.Conn, error) {
+	up := websocket.Upgrader{Subprotocols: []string{Subprotocol}}
+	ws, err := up.Upgrade(w, r, nil)
+	if err != nil {
+		return nil, err
+	}
+	return ws.NetConn(), nil
 }
 
 func (h *pipeHub) takeDials() []time.Time {
@@ -166,20 +191,20 @@ func TestReconnectBacksOffFromShortSessions(t *testing.T) {
 func TestReconnectHonoursTheHub(t *testing.T) {
 	cases := []struct {
 		name        string
-		answer      func(w http.ResponseWriter) bool
+		answer      func(w http.ResponseWriter, r *http.Request) bool
 		reason      DialReason
 		least, most time.Duration
 	}{
-		{"Retry-After", func(w http.ResponseWriter) bool {
+		{"Retry-After", func(w http.ResponseWriter, _ *http.Request) bool {
 			w.Header().Set("Retry-After", "40")
 			http.Error(w, "busy", http.StatusServiceUnavailable)
 			return true
 		}, DialHTTP, 40 * time.Second, 45 * time.Second},
-		{"403", func(w http.ResponseWriter) bool {
+		{"403", func(w http.ResponseWriter, _ *http.Request) bool {
 			http.Error(w, "who are you", http.StatusForbidden)
 			return true
 		}, DialRejected, 150 * time.Second, 5 * time.Minute},
-		{"410", func(w http.ResponseWriter) bool {
+		{"410", func(w http.ResponseWriter, _ *http.Request) bool {
 			http.Error(w, "forgotten", http.StatusGone)
 			return true
 		}, DialGone, 150 * time.Second, 5 * time.Minute},
@@ -319,6 +344,14 @@ func TestDialErrors(t *testing.T) {
 	status := func(code int) http.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) { http.Error(w, fmt.Sprint("says ", code), code) }
 	}
+	page := func(code int) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "text/html; charset=utf-8")
+			w.Header().Set("Location", "http://portal.example/login?then=hub")
+			w.WriteHeader(code)
+			_, _ = io.WriteString(w, "<html>Welcome to the hotel")
+		}
+	}
 	closed, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -340,9 +373,12 @@ func TestDialErrors(t *testing.T) {
 	}{
 		{"refused", "https://" + closed.Addr().String(), certs.edgeTLS(), DialRefused, "check that the hub runs"},
 		{"dns", "https://no-such-hub.invalid", certs.edgeTLS(), DialDNS, "DNS"},
-		{"silent", "https://" + silent.Addr().String(), certs.edgeTLS(), DialTimeout, "check the network"},
-		{"silent HTTP", serve(t, certs.hubTLS(), func(http.ResponseWriter, *http.Request) { <-silentHTTP }), certs.edgeTLS(), DialTimeout, "check the network"},
-		{"hub of another CA", serve(t, others.hubTLS(), status(200)), certs.edgeTLS(), DialCertificate, "its CA"},
+		{"silent", "https://" + silent.Addr().String(), certs.edgeTLS(), DialTimeout, "waiting for the TLS handshake"},
+		{"silent HTTP", serve(t, certs.hubTLS(), func(http.ResponseWriter, *http.Request) { <-silentHTTP }), certs.edgeTLS(), DialTimeout, "waiting for the hub's answer"},
+		{"page", serve(t, certs.hubTLS(), page(200)), certs.edgeTLS(), DialPortal, "captive portal"},
+		{"sign in", serve(t, certs.hubTLS(), page(511)), certs.edgeTLS(), DialPortal, "511 Network Authentication Required"},
+		{"sent elsewhere", serve(t, certs.hubTLS(), page(302)), certs.edgeTLS(), DialPortal, "go to portal.example"},
+		{"hub of another CA", serve(t, others.hubTLS(), status(200)), certs.edgeTLS(), DialCertificate, "a captive portal"},
 		{"edge of another CA", serve(t, certs.hubTLS(), status(200)), &tls.Config{RootCAs: certs.pool, Certificates: others.edgeTLS().Certificates}, DialTLS, "this node's certificate"},
 		{"edge without certificate", serve(t, certs.hubTLS(), status(200)), &tls.Config{RootCAs: certs.pool}, DialTLS, "this node's certificate"},
 		{"401", serve(t, certs.hubTLS(), status(401)), certs.edgeTLS(), DialRejected, "says 401"},
@@ -383,7 +419,7 @@ func TestDialErrors(t *testing.T) {
 		defer srv.Close()
 		_, err = (&Dialer{URL: "https://" + ln.Addr().String(), TLS: certs.edgeTLS()}).Dial(t.Context())
 		var de *DialError
-		if !errors.As(err, &de) || de.Reason != DialTLS {
+		if !errors.As(err, &de) || de.Reason != DialPortal || !strings.Contains(err.Error(), "plain HTTP") {
 			t.Errorf("got %v", err)
 		}
 	})
