@@ -236,8 +236,8 @@ type Status struct {
 	LastError string    `json:"lastError"`
 	Outbox    int       `json:"outbox"`
 
-	EventsDropped uint64 `json:"eventsDropped"`
-	NodeDeleted time.Time `json:"nodeDeleted"`
+	EventsDropped uint64    `json:"eventsDropped"`
+	NodeDeleted   time.Time `json:"nodeDeleted"`
 
 	Objects map[string]int `json:"objects"`
 

@@ -44,6 +44,8 @@ type Config struct {
 	// the cloud; empty means KeepPods.
 	WhenDeleted WhenDeleted
 	Log         *slog.Logger // nil discards
+
+	stall time.Duration // stallTimeout, but in tests
 }
 
 // Link is safe for concurrent use.
@@ -81,6 +83,9 @@ func New(cfg Config) (*Link, error) {
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.stall == 0 {
+		cfg.stall = stallTimeout
 	}
 	switch cfg.WhenDeleted {
 	case "":
@@ -218,6 +223,18 @@ func (l *Link) serveKubelet(ctx context.Context, streams net.Listener) error {
 		return nil
 	}
 	return fmt.Errorf("serve the kubelet's handler: %w", err)
+}
+
+// NetworkChanged is told when the machine's network has changed: the hub is
+// dialled without further waiting, or the tunnel is tested at once.
+func (l *Link) NetworkChanged() {
+	l.mu.Lock()
+	s := l.session
+	l.mu.Unlock()
+	if s != nil {
+		s.Probe()
+	}
+	l.cfg.Dialer.Kick() // also for a tunnel that the test finds dead
 }
 
 // DialAPI opens a connection whose HTTP/1.1 requests the hub sends to the API

@@ -23,15 +23,18 @@ const (
 	eventsInFlight = 8
 )
 
-// greetTimeout is how long the hub may take to answer Hello.
-const greetTimeout = time.Minute
-
 // inFlight counts the writes of one conversation by the window they take up.
 type inFlight struct {
 	states, events chan struct{}
+	stall          time.Duration
 
-	mu sync.Mutex
-	by map[uint64]sent // by write ID
+	// overdue is closed when writes are in flight and none was answered for
+	// stallTimeout.
+	overdue chan struct{}
+
+	mu    sync.Mutex
+	by    map[uint64]sent // by write ID
+	clock *time.Timer     // of overdue
 }
 
 type sent struct {
@@ -39,11 +42,27 @@ type sent struct {
 	window chan struct{}
 }
 
-func newInFlight() *inFlight {
-	return &inFlight{
-		states: make(chan struct{}, statesInFlight),
-		events: make(chan struct{}, eventsInFlight),
-		by:     map[uint64]sent{},
+func newInFlight(stall time.Duration) *inFlight {
+	f := &inFlight{
+		states:  make(chan struct{}, statesInFlight),
+		events:  make(chan struct{}, eventsInFlight),
+		overdue: make(chan struct{}),
+		stall:   stall,
+		by:      map[uint64]sent{},
+	}
+	f.clock = time.AfterFunc(stall, sync.OnceFunc(func() { close(f.overdue) }))
+	f.clock.Stop()
+	return f
+}
+
+// watch ends the conversation when the hub answers nothing any more.
+func (f *inFlight) watch(ctx context.Context) error {
+	defer f.clock.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-f.overdue:
+		return fmt.Errorf("%w (%v without the result of any write)", errHubStalls, f.stall)
 	}
 }
 
@@ -56,6 +75,9 @@ func (f *inFlight) take(ctx context.Context, window chan struct{}, p store.Pendi
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if len(f.by) == 0 {
+		f.clock.Reset(f.stall)
+	}
 	f.by[p.ID] = sent{p.Op, window}
 	return nil
 }
@@ -69,6 +91,10 @@ func (f *inFlight) give(id uint64) (store.Op, bool) {
 	if ok {
 		delete(f.by, id)
 		<-w.window
+		f.clock.Stop()
+		if len(f.by) > 0 {
+			f.clock.Reset(f.stall)
+		}
 	}
 	return w.op, ok
 }
@@ -101,10 +127,11 @@ func (l *Link) sync(ctx context.Context, s *tunnel.Session) error {
 	}
 	defer st.Close()
 	ctx, cancel := context.WithCancelCause(ctx)
-	k := &talk{conn: edgeapi.NewConn(st), cancel: cancel, done: make(chan struct{})}
+	p := &patient{Stream: st, stall: l.cfg.stall}
+	k := &talk{conn: edgeapi.NewConn(p), cancel: cancel, done: make(chan struct{})}
 	defer l.end(k)
 	l.begin(k)
-	err = l.converse(ctx, st, k.conn)
+	err = l.converse(ctx, p, k.conn)
 	if errors.Is(context.Cause(ctx), errSuperseded) {
 		return nil // the tunnel's other streams may finish
 	}
@@ -135,16 +162,15 @@ func (l *Link) end(k *talk) {
 }
 
 // converse holds a conversation, see edgeapi.
-func (l *Link) converse(ctx context.Context, st *tunnel.Stream, conn *edgeapi.Conn) error {
+func (l *Link) converse(ctx context.Context, st *patient, conn *edgeapi.Conn) error {
 	defer context.AfterFunc(ctx, func() { st.Reset(tunnel.CodeCancelled) })()
-	// A hub that takes the stream and says nothing is left for another try.
-	if err := st.SetReadDeadline(time.Now().Add(greetTimeout)); err != nil {
+	if err := st.expect("its welcome", min(greetTimeout, l.cfg.stall)); err != nil {
 		return err
 	}
 	if err := l.greet(ctx, conn); err != nil {
 		return err
 	}
-	if err := st.SetReadDeadline(time.Time{}); err != nil {
+	if err := st.expect("its differences", l.cfg.stall); err != nil {
 		return err
 	}
 	// What was in flight on the last tunnel goes again.
@@ -152,9 +178,18 @@ func (l *Link) converse(ctx context.Context, st *tunnel.Stream, conn *edgeapi.Co
 	g, ctx := errgroup.WithContext(ctx)
 	// Whichever part fails, the other's wait for the hub must end too.
 	defer context.AfterFunc(ctx, func() { st.Reset(tunnel.CodeCancelled) })()
-	flight := newInFlight()
+	flight := newInFlight(l.cfg.stall)
 	synced := make(chan struct{})
+	g.Go(func() error { return flight.watch(ctx) })
 	g.Go(func() error { return l.receive(ctx, conn, flight, synced) })
+	g.Go(func() error {
+		select {
+		case <-synced:
+			return st.expect("", 0) // from here on the hub may have nothing to say
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	})
 	send := func(lane store.Lane, window chan struct{}) func() error {
 		return func() error {
 			// Writes wait for the hub's differences: a pod that was deleted
