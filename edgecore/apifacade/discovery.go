@@ -16,6 +16,12 @@ func (f *Facade) serveMeta(w http.ResponseWriter, r *http.Request) bool {
 	if v == nil {
 		return false
 	}
+	if f.cfg.Authorize != nil {
+		if err := f.cfg.Authorize(r, Access{Verb: strings.ToLower(r.Method), Path: r.URL.Path}); err != nil {
+			f.fail(w, r, err)
+			return true
+		}
+	}
 	if r.Method != http.MethodGet {
 		w.Header().Set("Allow", http.MethodGet)
 		http.Error(w, "only GET is served here", http.StatusMethodNotAllowed)

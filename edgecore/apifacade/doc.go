@@ -9,6 +9,6 @@
 // are not served before a first complete sync: an empty list would make the
 // kubelet kill every container.
 //
-// It never asks who is calling: whoever puts it behind a listener authenticates
-// and authorises. It never dials and holds no state of its own.
+// It never asks who is calling: whoever puts it behind a listener authenticates,
+// and authorises through Config.Authorize. It never dials and holds no state of its own.
 package apifacade

@@ -35,6 +35,28 @@ type Config struct {
 	Tokens        TokenSource   // nil: TokenRequests are answered 503
 	BookmarkEvery time.Duration // between bookmarks on a quiet watch; zero means 1m
 	Log           *slog.Logger  // nil discards
+
+	// View is an object as this facade's clients are to see it: its body, or
+	// another. Nil shows all as it is stored.
+	View func(o *store.Object) []byte
+	// Authorize is asked before anything is done or told; what it returns is
+	// the answer. Nil: whoever reaches the facade may do all that it offers.
+	Authorize func(r *http.Request, a Access) error
+	// Notice is sent as a warning with every list, if not empty. Nil: none is.
+	Notice func() string
+}
+
+// Access is what a request is about to do, as the facade itself has read it:
+// what is authorised and what is done cannot differ.
+type Access struct {
+	Verb        string // of the Kubernetes API: get, list, watch, create, …
+	Group       string
+	Version     string
+	Resource    string // empty for what is about the API itself, see Path
+	Subresource string
+	Namespace   string
+	Name        string // also of a list or watch of metadata.name=
+	Path        string
 }
 
 // Facade is an http.Handler.
@@ -66,7 +88,8 @@ func New(cfg Config) (*Facade, error) {
 
 // ServeHTTP answers one request of the Kubernetes API.
 func (f *Facade) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if !acceptsJSON(r.Header.Values("Accept")) {
+	format, ok := negotiate(r)
+	if !ok {
 		f.fail(w, r, apierrors.NewGenericServerResponse(http.StatusNotAcceptable, r.Method, groupResource("", ""), "",
 			"only application/json is served here", 0, true))
 		return
@@ -76,6 +99,7 @@ func (f *Facade) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	q, err := f.parse(r)
 	if err == nil {
+		q.format = format
 		err = f.dispatch(w, r, q)
 	}
 	if err != nil {
@@ -89,6 +113,7 @@ type request struct {
 	namespace   string
 	name        string
 	subresource string
+	format      format
 }
 
 func (q *request) key() store.Key {
@@ -159,9 +184,12 @@ func (f *Facade) dispatch(w http.ResponseWriter, r *http.Request, q *request) er
 	case http.MethodPatch:
 		verb = "patch"
 	case http.MethodDelete:
-		if q.name != "" {
-			verb = "delete"
+		if verb = "delete"; q.name == "" {
+			verb = "deletecollection"
 		}
+	}
+	if err := f.authorize(r, q, verb); err != nil {
+		return err
 	}
 	verbs := q.verbs
 	if q.subresource != "" {
@@ -193,30 +221,37 @@ func (f *Facade) dispatch(w http.ResponseWriter, r *http.Request, q *request) er
 	}
 }
 
+func (f *Facade) authorize(r *http.Request, q *request, verb string) error {
+	if f.cfg.Authorize == nil {
+		return nil
+	}
+	a := Access{
+		Verb: verb, Group: q.group, Version: q.version, Resource: q.resource.name, Subresource: q.subresource,
+		Namespace: q.namespace, Name: q.name, Path: r.URL.Path,
+	}
+	if verb == "list" || verb == "watch" {
+		o, err := parseOptions(q, r.URL.Query())
+		if err != nil {
+			return err
+		}
+		a.Name = o.sel.name
+	}
+	return f.cfg.Authorize(r, a)
+}
+
+// view is the object's body for this facade's clients.
+func (f *Facade) view(o *store.Object) []byte {
+	if f.cfg.View == nil {
+		return o.Body
+	}
+	return f.cfg.View(o)
+}
+
 // watching reads the watch parameter as an API server does: anything but a no
 // is a yes.
 func watching(r *http.Request) bool {
 	v, ok := r.URL.Query()["watch"]
 	return ok && len(v) > 0 && v[0] != "0" && !strings.EqualFold(v[0], "false")
-}
-
-// acceptsJSON reads Accept headers; kubectl asks for tables first and takes
-// plain objects too.
-func acceptsJSON(accept []string) bool {
-	if len(accept) == 0 {
-		return true
-	}
-	for _, clause := range strings.Split(strings.Join(accept, ","), ",") {
-		media, params, err := mime.ParseMediaType(clause)
-		if err != nil || params["as"] != "" {
-			continue
-		}
-		switch media {
-		case "application/json", "application/*", "*/*":
-			return true
-		}
-	}
-	return strings.TrimSpace(strings.Join(accept, "")) == ""
 }
 
 // readBody reads a limited body and checks its type.

@@ -9,8 +9,6 @@ import (
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
-	"github.com/skerry-io/skerry/edgecore/store"
 )
 
 func (f *Facade) get(w http.ResponseWriter, r *http.Request, q *request) error {
@@ -21,8 +19,18 @@ func (f *Facade) get(w http.ResponseWriter, r *http.Request, q *request) error {
 		}
 		return apierrors.NewNotFound(q.gr(), q.name)
 	}
-	f.respond(w, http.StatusOK, o.Body)
-	return nil
+	if !q.format.table {
+		f.respond(w, http.StatusOK, f.view(&o))
+		return nil
+	}
+	t, err := q.table(q.format)
+	if err == nil {
+		err = t.add(f.view(&o))
+	}
+	if err != nil {
+		return apierrors.NewInternalError(err)
+	}
+	return f.respondValue(w, http.StatusOK, t.at(o.RV))
 }
 
 // notSynced is the answer before the first sync. Saying "not found" or "there
@@ -52,6 +60,19 @@ func (f *Facade) list(w http.ResponseWriter, r *http.Request, q *request) error 
 	case o.ResourceVersionMatch == metav1.ResourceVersionMatchExact && asked != rv:
 		return apierrors.NewResourceExpired(fmt.Sprintf("the state at resourceVersion %d is not kept", asked))
 	}
+	f.warn(w)
+	if q.format.table {
+		t, err := q.table(q.format)
+		for i := range objects {
+			if err == nil && o.sel.matches(&objects[i]) {
+				err = t.add(f.view(&objects[i]))
+			}
+		}
+		if err != nil {
+			return apierrors.NewInternalError(err)
+		}
+		return f.respondValue(w, http.StatusOK, t.at(rv))
+	}
 	var buf bytes.Buffer
 	fmt.Fprintf(&buf, `{"kind":%q,"apiVersion":%q,"metadata":{"resourceVersion":"%d"},"items":[`, q.kind+"List", q.apiVersion(), rv)
 	first := true
@@ -63,11 +84,21 @@ func (f *Facade) list(w http.ResponseWriter, r *http.Request, q *request) error 
 			buf.WriteByte(',')
 		}
 		first = false
-		buf.Write(objects[i].Body)
+		buf.Write(f.view(&objects[i]))
 	}
 	buf.WriteString("]}")
 	f.respond(w, http.StatusOK, buf.Bytes())
 	return nil
+}
+
+// warn tells the reader of a list what it cannot see from it.
+func (f *Facade) warn(w http.ResponseWriter) {
+	if f.cfg.Notice == nil {
+		return
+	}
+	if text := f.cfg.Notice(); text != "" {
+		w.Header().Add("Warning", "299 - "+strconv.Quote(text))
+	}
 }
 
 func parseRV(s string) (uint64, error) {
@@ -90,9 +121,9 @@ func tooLarge(asked, rv uint64) error {
 }
 
 // atRV is a body with another resourceVersion.
-func atRV(o *store.Object, rv uint64) ([]byte, error) {
+func atRV(body []byte, rv uint64) ([]byte, error) {
 	var top, meta map[string]json.RawMessage
-	if err := json.Unmarshal(o.Body, &top); err != nil {
+	if err := json.Unmarshal(body, &top); err != nil {
 		return nil, err
 	}
 	if err := json.Unmarshal(top["metadata"], &meta); err != nil {

@@ -5,6 +5,7 @@ import (
 
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -51,6 +52,7 @@ func groupResource(group, name string) schema.GroupResource {
 // resources lists all that is served. What is not here is 404, which is what
 // the kubelet expects of a cluster without the feature.
 func resources() []*resource {
+	const rbac = rbacv1.GroupName
 	read := verbs("get list watch")
 	status := map[string]verbSet{"status": verbs("get patch update")}
 	return []*resource{
@@ -68,7 +70,7 @@ func resources() []*resource {
 		{version: "v1", name: "secrets", singular: "secret", kind: "Secret", namespaced: true, verbs: read, fields: []string{"type"}},
 		{version: "v1", name: "persistentvolumeclaims", singular: "persistentvolumeclaim", kind: "PersistentVolumeClaim", short: []string{"pvc"}, namespaced: true, verbs: read},
 		{version: "v1", name: "persistentvolumes", singular: "persistentvolume", kind: "PersistentVolume", short: []string{"pv"}, verbs: read},
-		{version: "v1", name: "serviceaccounts", singular: "serviceaccount", kind: "ServiceAccount", short: []string{"sa"}, namespaced: true,
+		{version: "v1", name: "serviceaccounts", singular: "serviceaccount", kind: "ServiceAccount", short: []string{"sa"}, namespaced: true, verbs: read,
 			subresources: map[string]verbSet{"token": verbs("create")}},
 		{version: "v1", name: "events", singular: "event", kind: "Event", short: []string{"ev"}, namespaced: true,
 			verbs: verbs("get list watch create update patch delete"),
@@ -78,6 +80,10 @@ func resources() []*resource {
 		{group: "coordination.k8s.io", version: "v1", name: "leases", singular: "lease", kind: "Lease", namespaced: true,
 			verbs: verbs("get list watch create update patch delete"),
 			new:   func() metav1.Object { return &coordinationv1.Lease{} }},
+		{group: rbac, version: "v1", name: "roles", singular: "role", kind: "Role", namespaced: true, verbs: read},
+		{group: rbac, version: "v1", name: "rolebindings", singular: "rolebinding", kind: "RoleBinding", namespaced: true, verbs: read},
+		{group: rbac, version: "v1", name: "clusterroles", singular: "clusterrole", kind: "ClusterRole", verbs: read},
+		{group: rbac, version: "v1", name: "clusterrolebindings", singular: "clusterrolebinding", kind: "ClusterRoleBinding", verbs: read},
 		{group: "discovery.k8s.io", version: "v1", name: "endpointslices", singular: "endpointslice", kind: "EndpointSlice", namespaced: true, verbs: read},
 		{group: "node.k8s.io", version: "v1", name: "runtimeclasses", singular: "runtimeclass", kind: "RuntimeClass", verbs: read},
 		{group: "storage.k8s.io", version: "v1", name: "csidrivers", singular: "csidriver", kind: "CSIDriver", verbs: read},

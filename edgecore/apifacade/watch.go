@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"time"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/skerry-io/skerry/edgecore/store"
@@ -35,6 +36,11 @@ func (f *Facade) watch(w http.ResponseWriter, r *http.Request, q *request) error
 		defer cancel()
 	}
 	s := &stream{f: f, w: w, rc: http.NewResponseController(w), q: q, sel: o.sel, bookmarks: o.AllowWatchBookmarks}
+	if q.format.table {
+		if s.table, err = q.table(q.format); err != nil {
+			return apierrors.NewInternalError(err)
+		}
+	}
 
 	initial := o.SendInitialEvents != nil && *o.SendInitialEvents || o.SendInitialEvents == nil && from == 0
 	switch {
@@ -57,6 +63,7 @@ func (f *Facade) watch(w http.ResponseWriter, r *http.Request, q *request) error
 		s.start()
 		return s.run(ctx, watch, from)
 	}
+	f.warn(w)
 	s.start()
 	if q.gated {
 		if err := f.cfg.Store.WaitSynced(ctx); err != nil {
@@ -66,7 +73,7 @@ func (f *Facade) watch(w http.ResponseWriter, r *http.Request, q *request) error
 	objects, rv := f.cfg.Store.List(q.resource.name, q.namespace)
 	for i := range objects {
 		if s.sel.matches(&objects[i]) {
-			s.send("ADDED", objects[i].Body)
+			s.object("ADDED", f.view(&objects[i]), objects[i].RV)
 		}
 	}
 	if o.SendInitialEvents != nil {
@@ -89,7 +96,8 @@ type stream struct {
 	q         *request
 	sel       selector
 	bookmarks bool
-	err       error // the first failed write; all later ones are skipped
+	table     *table // nil: objects are sent as they are
+	err       error  // the first failed write; all later ones are skipped
 }
 
 func (s *stream) start() {
@@ -141,30 +149,51 @@ func (s *stream) event(e *store.Event) bool {
 	switch e.Type {
 	case store.Added:
 		if now {
-			s.send("ADDED", e.Object.Body)
+			s.object("ADDED", s.f.view(e.Object), e.Object.RV)
 		}
 	case store.Deleted:
 		if now {
-			s.send("DELETED", e.Object.Body)
+			s.object("DELETED", s.f.view(e.Object), e.Object.RV)
 		}
 	case store.Modified:
 		before := s.sel.matches(e.Old)
 		switch {
 		case now && before:
-			s.send("MODIFIED", e.Object.Body)
+			s.object("MODIFIED", s.f.view(e.Object), e.Object.RV)
 		case now:
-			s.send("ADDED", e.Object.Body)
+			s.object("ADDED", s.f.view(e.Object), e.Object.RV)
 		case before:
-			body, err := atRV(e.Old, e.Object.RV)
+			body, err := atRV(s.f.view(e.Old), e.Object.RV)
 			if err != nil {
 				s.err = err
 				return false
 			}
-			s.send("DELETED", body)
+			s.object("DELETED", body, e.Object.RV)
 			return true
 		}
 	}
 	return now
+}
+
+// object sends one object, as a table if the client asked for that.
+func (s *stream) object(typ string, body []byte, rv uint64) {
+	if s.table == nil {
+		s.send(typ, body)
+		return
+	}
+	if s.err != nil {
+		return
+	}
+	if s.err = s.table.add(body); s.err != nil {
+		return
+	}
+	row, err := json.Marshal(s.table.at(rv))
+	if err != nil {
+		s.err = err
+		return
+	}
+	s.table.next()
+	s.send(typ, row)
 }
 
 func (s *stream) send(typ string, body []byte) {
