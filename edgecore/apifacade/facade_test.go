@@ -249,8 +249,48 @@ func TestMirrorPod(t *testing.T) {
 	if err := r.client.CoreV1().Pods("default").Delete(ctx, p.Name, metav1.DeleteOptions{GracePeriodSeconds: &zero, Preconditions: &metav1.Preconditions{UID: &made.UID}}); err != nil {
 		t.Errorf("delete: %v", err)
 	}
-	if pend := outbox(t, r.store); len(pend) != 1 || pend[0].Op != store.OpDelete {
-		t.Errorf("outbox: %+v", pend)
+	if n := r.store.Outbox().Depth(); n != 0 {
+		t.Errorf("%d writes for a mirror pod that the cloud never heard of", n)
+	}
+}
+
+// A heartbeat is visible and goes up, and costs no flash; a condition that
+// changes does.
+func TestHeartbeatsStayOffTheDisk(t *testing.T) {
+	r := newRig(t)
+	ctx := t.Context()
+	nodes := r.client.CoreV1().Nodes()
+	if _, err := nodes.Create(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	report := func(second int, ready string) {
+		t.Helper()
+		at := time.Date(2026, 1, 1, 0, 0, second, 0, time.UTC).Format(time.RFC3339)
+		patch := fmt.Appendf(nil, `{"status":{"conditions":[{"type":"Ready","status":%q,"lastHeartbeatTime":%q},{"type":"DiskPressure","status":"False","lastHeartbeatTime":%q}]}}`, ready, at, at)
+		got, err := nodes.Patch(ctx, node, types.StrategicMergePatchType, patch, metav1.PatchOptions{}, "status")
+		if err != nil || got.Status.Conditions[0].LastHeartbeatTime.Second() != second {
+			t.Fatalf("patch: %v %+v", err, got.Status.Conditions)
+		}
+	}
+	report(1, "True")
+	written := r.store.BytesWritten()
+	for _, p := range outbox(t, r.store) {
+		r.store.Outbox().Done(p.ID)
+	}
+	for second := range 50 {
+		report(second+2, "True")
+		got := outbox(t, r.store)
+		if len(got) != 1 || got[0].Op != store.OpStatus {
+			t.Fatalf("outbox: %+v", got)
+		}
+		r.store.Outbox().Done(got[0].ID)
+	}
+	if n := r.store.BytesWritten() - written; n != 0 {
+		t.Errorf("50 heartbeats wrote %d bytes", n)
+	}
+	report(59, "False")
+	if r.store.BytesWritten() == written {
+		t.Error("a node that is not ready any more is not on the disk")
 	}
 }
 

@@ -2,11 +2,11 @@ package store
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
 	"runtime/debug"
+	"time"
 
 	bolt "go.etcd.io/bbolt"
 )
@@ -28,13 +28,36 @@ type write struct {
 	panicked any
 }
 
+// soon is what is on disk as it was a while ago. Objects, of which only what the
+// kubelet or the cloud repeats anyway has changed (a heartbeat, the cloud's
+// revision), wait for Close or for their next change; private values and Events
+// for the next flush.
+type soon struct {
+	objects map[Key]struct{}
+	private map[privateKey]struct{}
+}
+
+func newSoon() soon {
+	return soon{objects: map[Key]struct{}{}, private: map[privateKey]struct{}{}}
+}
+
+// maxSoon bounds the objects that wait.
+const maxSoon = 1024
+
 func (s *Store) commitLoop() {
+	flush := time.NewTimer(s.flushAfter())
+	defer flush.Stop()
 	for {
 		select {
 		case w := <-s.writes:
-			s.commitBatch(s.gather(w))
+			s.commitBatch(s.gather(w), nothing)
+		case <-flush.C:
+			s.commitBatch(nil, waiting)
+			flush.Reset(s.flushAfter())
+		case <-s.healer.C:
+			s.commitBatch(nil, waiting)
 		case <-s.closing:
-			s.commitBatch(nil) // what can ride along with a commit has waited for this one
+			s.commitBatch(nil, everything)
 			for {
 				select {
 				case w := <-s.writes:
@@ -62,9 +85,19 @@ func (s *Store) gather(first *write) []*write {
 	return batch
 }
 
-func (s *Store) commitBatch(writes []*write) {
+// flush is what of that which waits a commit takes along.
+type flush uint8
+
+const (
+	nothing flush = iota
+	waiting
+	everything // the store is closed
+)
+
+// commitBatch makes the writes one commit.
+func (s *Store) commitBatch(writes []*write, flush flush) {
 	batch := newLayer(nil, s.rv)
-	batch.last = len(writes) == 0
+	batch.flush = flush
 	var applied []*write
 	for _, w := range writes {
 		l := newLayer(batch, batch.rv)
@@ -75,11 +108,8 @@ func (s *Store) commitBatch(writes []*write) {
 		l.merge()
 		applied = append(applied, w)
 	}
-	err := s.failed
-	if err == nil {
-		s.evictEvents(batch)
-		err = s.persist(batch)
-	}
+	s.evictEvents(batch)
+	err := s.persist(batch)
 	for _, w := range applied {
 		w.err = err
 		close(w.done)
@@ -98,211 +128,187 @@ func (s *Store) apply(w *write, l *layer) (err error) {
 	return w.fn(&Tx{s, l})
 }
 
-// persist brings a batch to disk and then into view.
+// persist brings a batch to disk, if it holds anything that has to be there,
+// and then into view.
 func (s *Store) persist(b *layer) error {
-	removed := s.pinOutbox(b)
-	err := s.commitMarked(b, removed)
-	s.publish(b, err)
-	if err != nil {
-		s.outbox.giveBack(removed)
-		return err
-	}
-	if s.count("pods") > 0 && !s.marker.Pods {
-		if err := s.writeMarker(true); err != nil {
-			// The commit stands; only the guard against a lost file is missing.
-			s.cfg.Log.Error("store's marker is not up to date", "error", err)
-		}
-	}
-	return nil
-}
-
-func (s *Store) commitMarked(b *layer, removed []uint64) error {
-	pods := s.count("pods")
-	for k, o := range b.objects {
-		if k.Resource != "pods" {
-			continue
-		}
-		if had := s.stored(k) != nil; had && o == nil {
-			pods--
-		} else if !had && o != nil {
-			pods++
-		}
-	}
-	if pods == 0 && s.marker.Pods {
-		if err := s.writeMarker(false); err != nil {
-			return err
-		}
-	}
-	if !b.persistent() && len(removed) == 0 && b.rv <= s.reserved && !(b.last && len(s.lazy) > 0) {
-		maps.Copy(s.lazy, b.lazy)
+	pods := s.podsAfter(b)
+	s.outbox.pin(b)
+	if pods == nil && !s.durable(b) {
+		s.publish(b, nil, nil)
+		s.wait(b)
 		return nil
 	}
-	late := map[Key]*Object{}
-	for k := range s.lazy {
-		if _, staged := b.objects[k]; !staged {
-			late[k] = s.stored(k)
+	c := s.changeOf(b)
+	err := s.heal()
+	if err == nil {
+		err = s.commit(c, pods)
+	}
+	s.noteDisk(err)
+	s.publish(b, c, err)
+	if err != nil {
+		s.outbox.giveBack(c.removed)
+		return err
+	}
+	s.settle(c)
+	return nil
+}
+
+// durable tells whether a batch has to reach the disk now.
+func (s *Store) durable(b *layer) bool {
+	for k := range b.objects {
+		if _, late := b.soon.objects[k]; !late && !volatile(k.Resource) {
+			return true
 		}
 	}
-	next := s.disk
-	epoch := s.epoch
+	for k := range b.private {
+		if _, late := b.soon.private[k]; !late {
+			return true
+		}
+	}
+	for _, st := range b.outbox {
+		if st.recorded() {
+			return true
+		}
+	}
+	return len(b.parked) > 0 || b.epoch != nil || b.rv > s.meta.RV || s.allObjects(b) ||
+		b.flush >= waiting && (len(s.soon.private) > 0 || s.broken != nil || s.outbox.waits(s.filed, 0))
+}
+
+// allObjects tells whether the objects that wait go with this batch.
+func (s *Store) allObjects(b *layer) bool {
+	return b.flush == everything && (len(s.soon.objects) > 0 || s.outbox.anyTold()) || len(s.soon.objects) > maxSoon
+}
+
+// wait notes what of a batch is in memory only.
+func (s *Store) wait(b *layer) {
+	for k := range b.soon.objects {
+		s.soon.objects[k] = struct{}{}
+	}
+	for k := range b.soon.private {
+		s.soon.private[k] = struct{}{}
+	}
+}
+
+// settle notes what a commit brought to disk.
+func (s *Store) settle(c *change) {
+	for k := range c.objects {
+		delete(s.soon.objects, k)
+	}
+	for k := range c.private {
+		delete(s.soon.private, k)
+	}
+}
+
+// change is what one transaction writes; nil values are removals.
+type change struct {
+	objects map[Key]*Object
+	parked  map[Key]*Object
+	private map[privateKey]*privateValue
+	outbox  map[entryID]*staged
+	removed []uint64 // outbox entries
+	events  filing
+	untold  map[Key]bool
+	meta    metaRecord // but for Counts
+}
+
+// changeOf collects what goes to disk with a batch. What the cloud has
+// acknowledged leaves it with each commit.
+func (s *Store) changeOf(b *layer) *change {
+	c := &change{objects: b.objects, parked: b.parked, private: b.private, outbox: b.outbox}
+	if s.allObjects(b) {
+		c.objects = map[Key]*Object{}
+		for k := range s.soon.objects {
+			c.objects[k] = s.stored(k)
+		}
+		for _, k := range s.outbox.told() {
+			if o := s.stored(k); o != nil {
+				c.objects[k] = o
+			}
+		}
+		maps.Copy(c.objects, b.objects)
+	}
+	if b.flush >= waiting {
+		c.private = map[privateKey]*privateValue{}
+		for k := range s.soon.private {
+			c.private[k] = s.private[k]
+		}
+		maps.Copy(c.private, b.private)
+	}
+	c.removed = s.outbox.takeAcked(b)
+	if b.flush >= waiting || s.outbox.waits(s.filed, rideAfter) {
+		c.events = s.outbox.file(s.filed)
+	}
+	c.untold = s.outbox.untold(b, c.objects)
+	c.meta = s.meta
+	c.meta.Seq++
+	c.meta.RV = b.rv + rvBlock
+	c.meta.Outbox = s.outbox.lastID
+	c.meta.Dropped = s.outbox.dropsNow()
 	if b.epoch != nil {
-		epoch = *b.epoch
+		c.meta.Epoch = *b.epoch
+	}
+	if b.content {
+		c.meta.Content = c.meta.Seq
+	}
+	return c
+}
+
+// commit writes the transaction, and the ledger in step with it.
+func (s *Store) commit(c *change, pods podSet) error {
+	if pods == nil {
+		pods = s.pods
+	}
+	if err := s.note(s.meta, pods.without(s.pods)); err != nil {
+		return fmt.Errorf("store %s: commit: %w: %w", s.cfg.Path, ErrDisk, err)
 	}
 	var alloc int64
-	err := s.db.Update(func(tx *bolt.Tx) error {
-		if err := s.writeObjects(tx, bucketObjects, b.objects, &next.Objects); err != nil {
+	var parts [classes]int
+	counts := s.meta.Counts
+	err := s.guard(func() error {
+		return s.db.Update(func(tx *bolt.Tx) error {
+			w := writer{tx: tx, sealer: s.sealer, parts: &parts, counts: &counts}
+			err := w.change(c)
+			c.meta.Counts = counts
+			if err == nil {
+				err = putMeta(tx.Bucket(bucketMeta), c.meta)
+			}
+			stats := tx.Stats()
+			tx.OnCommit(func() { after := tx.Stats(); alloc = after.GetPageAlloc() - stats.GetPageAlloc() })
 			return err
-		}
-		if err := s.writeObjects(tx, bucketObjects, late, &next.Objects); err != nil {
-			return err
-		}
-		if err := s.writeObjects(tx, bucketParked, b.parked, &next.Parked); err != nil {
-			return err
-		}
-		if err := s.writeOutbox(tx, b, removed, &next.Outbox); err != nil {
-			return err
-		}
-		if err := s.writePrivate(tx, b, &next.Private); err != nil {
-			return err
-		}
-		err := putMeta(tx.Bucket(bucketMeta), metaRecord{
-			Format: format, StoreID: s.storeID, RV: b.rv + rvBlock, Outbox: s.outbox.lastID, Epoch: epoch, Counts: next,
 		})
-		stats := tx.Stats()
-		tx.OnCommit(func() { after := tx.Stats(); alloc = after.GetPageAlloc() - stats.GetPageAlloc() })
-		return err
 	})
 	if err != nil {
-		err = fmt.Errorf("store %s: commit: %w", s.cfg.Path, err)
+		err = fmt.Errorf("store %s: commit: %w: %w", s.cfg.Path, ErrDisk, err)
 		if !s.diskUnchanged() {
-			s.failed = fmt.Errorf("%w; the disk may hold a write that was not acknowledged, restart edgecore", err)
+			s.breakOff(err)
 		}
 		return err
 	}
-	s.disk, s.reserved = next, b.rv+rvBlock
-	clear(s.lazy)
-	s.commits.Add(1)
-	s.bytesWritten.Add(uint64(alloc) + uint64(s.db.Info().PageSize)) // and the meta page
+	s.wear.commit(uint64(alloc)+uint64(s.db.Info().PageSize), &parts) // and the meta page
+	s.filed.settle(c.events)
+	s.pods = pods
+	if err := s.note(c.meta, pods); err != nil {
+		// The commit stands; the next one tries again.
+		s.cfg.Log.Error("the store's ledger of pods is not up to date", "error", err)
+	}
+	s.reserve()
 	return nil
 }
 
-// diskUnchanged tells whether the file still holds the last good commit: after
-// a failed sync bbolt may go on from the failed one, which memory does not have.
-func (s *Store) diskUnchanged() bool {
-	same := false
-	err := s.guard(func() error {
-		return s.db.View(func(tx *bolt.Tx) error {
-			p, err := unframe(bucketMeta, []byte("state"), tx.Bucket(bucketMeta).Get([]byte("state")))
-			if err != nil {
-				return err
-			}
-			var m metaRecord
-			if err := json.Unmarshal(p, &m); err != nil {
-				return err
-			}
-			same = m.RV == s.reserved && m.Counts == s.disk
-			return nil
-		})
-	})
-	return err == nil && same
-}
-
-func (b *layer) persistent() bool {
-	for k := range b.objects {
-		if _, lazy := b.lazy[k]; !lazy && !volatile(k.Resource) {
-			return true
-		}
+// note brings the ledger to what pods are, if it says something else.
+func (s *Store) note(m metaRecord, pods podSet) error {
+	if s.ledger.says(m, pods) {
+		return nil
 	}
-	for id := range b.outbox {
-		if id.op != OpEvent {
-			return true
-		}
+	if err := s.ledger.write(m, pods); err != nil {
+		return err
 	}
-	return len(b.parked) > 0 || len(b.private) > 0 || b.epoch != nil
-}
-
-// set puts or (val nil) deletes, and keeps count of the bucket's records.
-func set(b *bolt.Bucket, key, val []byte, n *int) error {
-	had := b.Get(key) != nil
-	if val == nil {
-		if had {
-			*n--
-		}
-		return b.Delete(key)
-	}
-	if !had {
-		*n++
-	}
-	return b.Put(key, val)
-}
-
-func (s *Store) writeObjects(tx *bolt.Tx, bucket []byte, objects map[Key]*Object, n *int) error {
-	b := tx.Bucket(bucket)
-	for k, o := range objects {
-		if volatile(k.Resource) {
-			continue
-		}
-		var rec []byte
-		if o != nil {
-			var err error
-			if rec, err = s.sealer.encodeObject(bucket, o); err != nil {
-				return err
-			}
-		}
-		if err := set(b, k.encode(), rec, n); err != nil {
-			return fmt.Errorf("%s: %w", k, err)
-		}
-	}
-	return nil
-}
-
-func (s *Store) writePrivate(tx *bolt.Tx, l *layer, n *int) error {
-	b := tx.Bucket(bucketPrivate)
-	for k, v := range l.private {
-		var rec []byte
-		if v != nil {
-			var err error
-			if rec, err = s.sealer.encodePrivate(k, v); err != nil {
-				return err
-			}
-		}
-		if err := set(b, privateDBKey(k), rec, n); err != nil {
-			return fmt.Errorf("private %s: %w", k.kind, err)
-		}
-	}
-	return nil
-}
-
-func (s *Store) writeOutbox(tx *bolt.Tx, l *layer, removed []uint64, n *int) error {
-	b := tx.Bucket(bucketOutbox)
-	for _, id := range removed {
-		if err := set(b, outboxDBKey(id), nil, n); err != nil {
-			return err
-		}
-	}
-	for id, st := range l.outbox {
-		if id.op == OpEvent {
-			continue
-		}
-		var rec []byte
-		if st.next != nil {
-			if st.base != nil && st.base.sameRecord(st.next) {
-				continue // the common case: one more change to an object already waiting
-			}
-			var err error
-			if rec, err = encodeOutbox(st.next); err != nil {
-				return err
-			}
-		}
-		if err := set(b, outboxDBKey(st.id), rec, n); err != nil {
-			return err
-		}
-	}
+	s.wear.add(ClassLedger, s.ledger.lastWrite)
 	return nil
 }
 
 // publish makes a batch visible (commitErr nil) and ends its hold on the outbox.
-func (s *Store) publish(b *layer, commitErr error) {
+func (s *Store) publish(b *layer, c *change, commitErr error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if commitErr != nil {
@@ -310,6 +316,9 @@ func (s *Store) publish(b *layer, commitErr error) {
 		return
 	}
 	s.rv = b.rv
+	if c != nil {
+		s.meta = c.meta
+	}
 	for k, o := range b.objects {
 		t := s.table(k.Resource)
 		if o == nil {
@@ -344,41 +353,168 @@ func (s *Store) publish(b *layer, commitErr error) {
 	}
 }
 
-// evictEvents keeps the Event objects within their bound, least recently
-// changed first.
-func (s *Store) evictEvents(b *layer) {
-	n := s.count("events")
-	for k, o := range b.objects {
-		if k.Resource != "events" {
+// writer puts records into one transaction and counts them.
+type writer struct {
+	tx     *bolt.Tx
+	sealer *sealer
+	parts  *[classes]int
+	counts *counts
+}
+
+func (w writer) change(c *change) error {
+	for k, o := range c.objects {
+		if volatile(k.Resource) {
 			continue
 		}
-		if had := s.stored(k) != nil; had && o == nil {
-			n--
-		} else if !had && o != nil {
-			n++
+		if err := w.object(bucketObjects, k, o, c.untold[k], &w.counts.Objects); err != nil {
+			return err
 		}
 	}
+	for k, o := range c.parked {
+		if err := w.object(bucketParked, k, o, false, &w.counts.Parked); err != nil {
+			return err
+		}
+	}
+	for _, id := range c.removed {
+		if err := w.set(bucketOutbox, idKey(id), nil, &w.counts.Outbox, ClassOutbox); err != nil {
+			return err
+		}
+	}
+	for _, st := range c.outbox {
+		if err := w.entry(st); err != nil {
+			return err
+		}
+	}
+	for k, v := range c.private {
+		if err := w.private(k, v); err != nil {
+			return err
+		}
+	}
+	return w.events(c.events)
+}
+
+// set puts or (val nil) deletes, and keeps count of the bucket's records.
+func (w writer) set(bucket, key, val []byte, n *int, c Class) error {
+	w.parts[c] += len(key) + len(val)
+	b := w.tx.Bucket(bucket)
+	had := b.Get(key) != nil
+	if val == nil {
+		if had {
+			*n--
+		}
+		return b.Delete(key)
+	}
+	if !had {
+		*n++
+	}
+	return b.Put(key, val)
+}
+
+func (w writer) object(bucket []byte, k Key, o *Object, untold bool, n *int) error {
+	var rec []byte
+	if o != nil {
+		var err error
+		if rec, err = w.sealer.encodeObject(bucket, o, untold); err != nil {
+			return err
+		}
+	}
+	if err := w.set(bucket, k.encode(), rec, n, classOf(k.Resource)); err != nil {
+		return fmt.Errorf("%s: %w", k, err)
+	}
+	return nil
+}
+
+func (w writer) private(k privateKey, v *privateValue) error {
+	var rec []byte
+	if v != nil {
+		var err error
+		if rec, err = w.sealer.encodePrivate(k, v); err != nil {
+			return err
+		}
+	}
+	if err := w.set(bucketPrivate, privateDBKey(k), rec, &w.counts.Private, ClassPrivate); err != nil {
+		return fmt.Errorf("private %s: %w", k.kind, err)
+	}
+	return nil
+}
+
+func (w writer) entry(st *staged) error {
+	if !st.recorded() {
+		return nil
+	}
+	var rec []byte
+	if st.next != nil && st.next.recorded() {
+		if st.base != nil && st.base.recorded() && st.base.sameRecord(st.next) {
+			return nil // the common case: one more change to an object already waiting
+		}
+		var err error
+		if rec, err = encodeOutbox(st.next); err != nil {
+			return err
+		}
+	}
+	return w.set(bucketOutbox, idKey(st.id), rec, &w.counts.Outbox, ClassOutbox)
+}
+
+func (w writer) events(f filing) error {
+	for _, id := range f.remove {
+		if err := w.set(bucketEvents, idKey(id), nil, &w.counts.Events, ClassEvents); err != nil {
+			return err
+		}
+	}
+	for _, e := range f.put {
+		rec, err := encodeEvent(e)
+		if err != nil {
+			return err
+		}
+		if err := w.set(bucketEvents, idKey(e.id), rec, &w.counts.Events, ClassEvents); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// evictEvents keeps the Event objects within their bounds, least recently
+// changed first.
+func (s *Store) evictEvents(b *layer) {
+	all := map[Key]*Object{}
+	touched := false
+	for k, o := range b.objects {
+		if k.Resource == "events" {
+			touched = true
+			all[k] = o
+		}
+	}
+	if !touched {
+		return
+	}
+	for k, o := range s.tables["events"].objectsOrNil() {
+		if _, staged := all[k]; !staged {
+			all[k] = o
+		}
+	}
+	n, size := 0, 0
+	for k, o := range all {
+		if o == nil {
+			delete(all, k)
+			continue
+		}
+		n++
+		size += len(o.Body)
+	}
 	tx := &Tx{s, b}
-	for ; n > s.cfg.MaxEvents; n-- {
+	for n > s.cfg.MaxEvents || size > maxEventBytes {
 		var oldest *Object
-		consider := func(o *Object) {
-			if o != nil && (oldest == nil || o.RV < oldest.RV) {
+		for _, o := range all {
+			if oldest == nil || o.RV < oldest.RV {
 				oldest = o
-			}
-		}
-		for k, o := range s.tables["events"].objectsOrNil() {
-			if _, staged := b.objects[k]; !staged {
-				consider(o)
-			}
-		}
-		for k, o := range b.objects {
-			if k.Resource == "events" {
-				consider(o)
 			}
 		}
 		if oldest == nil {
 			return
 		}
+		delete(all, oldest.Key)
+		n--
+		size -= len(oldest.Body)
 		if err := tx.remove(oldest); err != nil {
 			s.cfg.Log.Error("cannot evict an event", "event", oldest.Name, "error", errors.Unwrap(err))
 			return

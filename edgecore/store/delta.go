@@ -151,12 +151,13 @@ func (tx *Tx) replace(cur *Object, u Upsert, d doc) error {
 			same := *cur
 			same.Rev = u.Rev
 			if _, changed := tx.l.objects[u.Key]; !changed {
-				tx.l.lazy[u.Key] = struct{}{}
+				tx.l.soon.objects[u.Key] = struct{}{}
 			}
 			tx.l.objects[u.Key] = &same
 		}
 		return nil
 	}
+	tx.l.content = true
 	_, err := tx.put(u.Key, u.UID, u.Rev, d)
 	return err
 }
@@ -198,6 +199,16 @@ func (tx *Tx) terminate(cur *Object) error {
 	if _, already := d.meta["deletionTimestamp"]; already {
 		return nil
 	}
+	if err := d.markDeleted(); err != nil {
+		return err
+	}
+	tx.l.content = true
+	_, err = tx.put(cur.Key, cur.UID, cur.Rev, d)
+	return err
+}
+
+// markDeleted gives d a deletion timestamp, its own grace from now.
+func (d doc) markDeleted() error {
 	spec, err := d.object("spec")
 	if err != nil {
 		return err
@@ -211,8 +222,7 @@ func (tx *Tx) terminate(cur *Object) error {
 	// A broken value must not keep the namesake waiting for ever.
 	grace = min(max(grace, 0), int64((365*24*time.Hour)/time.Second))
 	d.meta["deletionTimestamp"] = quoted(time.Now().Add(time.Duration(grace) * time.Second).UTC().Format(time.RFC3339))
-	d.meta["deletionGracePeriodSeconds"], _ = json.Marshal(grace)
-	_, err = tx.put(cur.Key, cur.UID, cur.Rev, d)
+	d.meta["deletionGracePeriodSeconds"], err = json.Marshal(grace)
 	return err
 }
 
@@ -265,6 +275,7 @@ func (tx *Tx) upsertNode(cur *Object, u Upsert, d doc) error {
 // still the same one.
 func (tx *Tx) adopt(cur *Object, u Upsert, d doc) error {
 	tx.moveEntries(u.Key, cur.UID, u.UID)
+	tx.l.content = true
 	tx.l.rv++
 	body, err := d.withRV(tx.l.rv)
 	if err != nil {
@@ -272,7 +283,7 @@ func (tx *Tx) adopt(cur *Object, u Upsert, d doc) error {
 	}
 	o := &Object{Key: u.Key, UID: u.UID, RV: tx.l.rv, Rev: u.Rev, Body: body}
 	tx.l.objects[u.Key] = o
-	delete(tx.l.lazy, u.Key)
+	delete(tx.l.soon.objects, u.Key)
 	tx.l.events = append(tx.l.events, Event{Type: Modified, Object: o, Old: cur})
 	return nil
 }

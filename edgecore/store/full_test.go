@@ -1,6 +1,7 @@
 package store
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -64,22 +65,68 @@ func fillDisk(t *testing.T, cfg Config) {
 	}
 }
 
-// When the file's state is unknown nothing is acknowledged any more.
-func TestBrokenFileStopsWrites(t *testing.T) {
-	s, err := Open(testConfig(t))
-	must(t, err)
+// When the file's state is unknown nothing is built on it: the write is refused,
+// and the store made anew from memory before the next.
+func TestABrokenFileIsMadeAnew(t *testing.T) {
+	cfg := testConfig(t)
+	s := mustOpen(t, cfg)
+	upsertPod(t, s, "a", "u1", "1", "")
+	patchStatus(t, s, podKey("a"), `{"phase":"Running"}`)
+	kubeletEvent(t, s, "e")
 	must(t, s.db.Close())
-	for range 2 {
-		err := s.ApplyDelta(t.Context(), Delta{Upserts: []Upsert{{podKey("a"), "u", "1", podBody("a", "u", "")}}})
-		if err == nil {
-			t.Fatal("acknowledged")
-		}
-		if _, ok := s.Get(podKey("a")); ok {
-			t.Error("a refused write can be seen")
+	write := func() error {
+		return s.ApplyDelta(t.Context(), Delta{Upserts: []Upsert{{podKey("b"), "u2", "1", podBody("b", "u2", "")}}})
+	}
+	if err := write(); !errors.Is(err, ErrDisk) {
+		t.Fatalf("a write that cannot be: %v", err)
+	}
+	if _, ok := s.Get(podKey("b")); ok {
+		t.Error("a refused write can be seen")
+	}
+	if tr := s.Trouble(); tr == nil || !strings.Contains(tr.Error, "commit") {
+		t.Errorf("trouble: %+v", tr)
+	}
+	must(t, write())
+	if tr := s.Trouble(); tr != nil {
+		t.Errorf("trouble after a good write: %+v", tr)
+	}
+	must(t, s.Close())
+	s = mustOpen(t, cfg)
+	if s.Mended() != nil {
+		t.Errorf("mended: %+v", s.Mended())
+	}
+	if list, _ := s.List("pods", ""); len(list) != 2 || s.Outbox().Depth() != 2 {
+		t.Errorf("%d pods, outbox %d", len(list), s.Outbox().Depth())
+	}
+}
+
+// With no room for a new file either, the store waits for it without a restart.
+func TestMadeAnewWhenThereIsRoom(t *testing.T) {
+	cfg := testConfig(t)
+	s := mustOpen(t, cfg)
+	upsertPod(t, s, "a", "u1", "1", "")
+	must(t, s.db.Close())
+	must(t, os.Mkdir(cfg.Path+".new", 0o700)) // stands in its way
+	must(t, os.WriteFile(cfg.Path+".new/x", nil, 0o600))
+	for range 3 {
+		err := s.Local(t.Context(), func(tx *Tx) error {
+			_, err := tx.Put(podKey("a"), "u1", podBody("a", "u1", `,"status":{"phase":"Running"}`))
+			return err
+		})
+		if !errors.Is(err, ErrDisk) {
+			t.Fatalf("acknowledged: %v", err)
 		}
 	}
-	if err := s.Local(t.Context(), func(*Tx) error { return nil }); err == nil || !strings.Contains(err.Error(), "restart edgecore") {
-		t.Errorf("after a failed commit: %v", err)
+	if list, _ := s.List("pods", ""); len(list) != 1 {
+		t.Error("reads ended with the writes")
 	}
-	_ = s.Close()
+	must(t, os.RemoveAll(cfg.Path+".new"))
+	for s.Trouble() != nil { // by itself, with no write to bring it about
+		select {
+		case <-t.Context().Done():
+			t.Fatal("still in trouble")
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	patchStatus(t, s, podKey("a"), `{"phase":"Running"}`)
 }

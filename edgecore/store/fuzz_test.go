@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
+	"hash/crc32"
+	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -19,7 +21,7 @@ func FuzzDecodeObject(f *testing.F) {
 		{Key: podKey("a"), UID: "u", RV: 7, Rev: "9", Body: []byte(`{"a":1}`)},
 		{Key: Key{"secrets", "d", "s"}, UID: "u", RV: 1 << 40, Body: []byte(`{}`)},
 	} {
-		rec, err := s.encodeObject(bucketObjects, o)
+		rec, err := s.encodeObject(bucketObjects, o, false)
 		if err != nil {
 			f.Fatal(err)
 		}
@@ -27,16 +29,16 @@ func FuzzDecodeObject(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, key, payload []byte) {
 		// With a checksum that fits, or the decoder would never be reached.
-		o, err := s.decodeObject(bucketObjects, key, frame(bucketObjects, key, payload))
+		o, untold, err := s.decodeObject(bucketObjects, key, frame(bucketObjects, key, payload))
 		if err != nil {
 			return
 		}
-		rec, err := s.encodeObject(bucketObjects, o)
+		rec, err := s.encodeObject(bucketObjects, o, untold)
 		if err != nil {
 			t.Fatal(err)
 		}
-		again, err := s.decodeObject(bucketObjects, key, rec)
-		if err != nil || !reflect.DeepEqual(o, again) {
+		again, still, err := s.decodeObject(bucketObjects, key, rec)
+		if err != nil || still != untold || !reflect.DeepEqual(o, again) {
 			t.Fatalf("round trip: %+v, %+v, %v", o, again, err)
 		}
 		if !bytes.Equal(o.Key.encode(), key) {
@@ -58,6 +60,77 @@ func FuzzDecodeOutbox(f *testing.F) {
 		}
 		if _, err := encodeOutbox(e); err != nil {
 			t.Fatal(err)
+		}
+	})
+}
+
+func FuzzDecodeEvent(f *testing.F) {
+	rec, err := encodeEvent(filedEvent{id: 3, key: Key{"events", "d", "e"}, uid: "u", rv: 4, body: []byte(`{}`)})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(idKey(3), rec[5:])
+	f.Fuzz(func(t *testing.T, key, payload []byte) {
+		e, err := decodeEvent(key, frame(bucketEvents, key, payload))
+		if err != nil {
+			return
+		}
+		if _, err := encodeEvent(e); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func FuzzDecodeLedger(f *testing.F) {
+	raw, err := encodeLedger(ledgerPage{N: 1, StoreID: "s", Pods: podSet{"u": {Name: "d/a", Phase: "Failed"}}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(raw[ledgerHead:])
+	f.Fuzz(func(t *testing.T, body []byte) {
+		slot := append([]byte(ledgerMagic), binary.BigEndian.AppendUint32(nil, uint32(len(body)))...)
+		slot = binary.BigEndian.AppendUint32(slot, crc32.Checksum(body, castagnoli))
+		p, err := decodeLedger(append(slot, body...))
+		if err != nil {
+			return
+		}
+		again, err := encodeLedger(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if q, err := decodeLedger(again); err != nil || !maps.Equal(p.Pods, q.Pods) || p.Seq != q.Seq {
+			t.Fatalf("round trip: %+v %+v %v", p, q, err)
+		}
+	})
+}
+
+// Whatever is in a damaged file, what is salvaged from it was once written.
+func FuzzSalvage(f *testing.F) {
+	cfg := filled(f)
+	whole, err := os.ReadFile(cfg.Path)
+	if err != nil {
+		f.Fatal(err)
+	}
+	cfg.KeyFile = cfg.Path + ".key"
+	sealer, err := openKey(cfg)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(uint32(8192), []byte{1, 2, 3})
+	f.Add(uint32(4096+16), []byte{0xff})
+	f.Fuzz(func(t *testing.T, at uint32, with []byte) {
+		bad := append([]byte(nil), whole...)
+		copy(bad[int(at)%len(bad):], with)
+		p := filepath.Join(t.TempDir(), "x")
+		if err := os.WriteFile(p, bad, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		v := newSalvage(sealer, "")
+		v.file(p)
+		for uid, f := range v.pods {
+			if uid != "u"+f.o.Name {
+				t.Fatalf("a pod that never was: %+v", f.o)
+			}
 		}
 	})
 }

@@ -164,6 +164,8 @@ func mergeNode(d doc, cur *Object, local map[string]map[string]bool) error {
 	return nil
 }
 
+const mirrorAnnotation = "kubernetes.io/config.mirror"
+
 // isMirror tells whether a pod stands for a static pod of this node.
 func isMirror(body []byte) bool {
 	var p struct {
@@ -174,6 +176,6 @@ func isMirror(body []byte) bool {
 	if err := json.Unmarshal(body, &p); err != nil {
 		return false
 	}
-	_, ok := p.Metadata.Annotations["kubernetes.io/config.mirror"]
+	_, ok := p.Metadata.Annotations[mirrorAnnotation]
 	return ok
 }

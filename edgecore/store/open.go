@@ -1,9 +1,10 @@
 package store
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"syscall"
 	"time"
 
@@ -34,6 +36,9 @@ func (c *Config) setDefaults() error {
 	if c.MaxEvents <= 0 {
 		c.MaxEvents = 512
 	}
+	if c.FlushAfter <= 0 {
+		c.FlushAfter = 10 * time.Minute
+	}
 	if c.LockTimeout <= 0 {
 		c.LockTimeout = 2 * time.Second
 	}
@@ -43,9 +48,27 @@ func (c *Config) setDefaults() error {
 	return nil
 }
 
-// damaged is the error for anything on disk that cannot be trusted.
-func damaged(path string, cause error) error {
-	return fmt.Errorf("store %s is %w: %w; put back a copy with `edgecore reset --restore COPY`, or run `edgecore reset --keep-identity` and let the node fetch its objects from the cloud again", path, ErrDamaged, cause)
+// damage is the error for anything on disk that cannot be trusted.
+type damage struct {
+	path  string
+	cause error
+}
+
+func damaged(path string, cause error) error { return &damage{path, cause} }
+
+func (d *damage) Error() string {
+	return fmt.Sprintf("store %s is %v: %v; put back a copy with `edgecore reset --restore COPY`, or run `edgecore reset --keep-identity` and let the node fetch its objects from the cloud again", d.path, ErrDamaged, d.cause)
+}
+
+func (d *damage) Unwrap() []error { return []error{ErrDamaged, d.cause} }
+
+// cause is what is wrong, without the way out.
+func cause(err error) error {
+	var d *damage
+	if errors.As(err, &d) {
+		return d.cause
+	}
+	return err
 }
 
 // Open loads the store at cfg.Path, or makes a new one where there never was
@@ -71,61 +94,144 @@ func Open(cfg Config) (*Store, error) {
 }
 
 func open(cfg Config) (*Store, error) {
-	mark, err := readMarker(cfg.Path)
+	ledger, said, bad, err := openLedger(cfg.Path)
 	if err != nil {
 		return nil, err
 	}
+	s, err := openWith(cfg, ledger, said, bad)
+	if err != nil {
+		ledger.close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func openWith(cfg Config, ledger *ledger, said *ledgerPage, bad error) (*Store, error) {
 	info, err := os.Stat(cfg.Path)
-	isNew := errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0
-	if err != nil && !isNew {
+	missing := errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0
+	if err != nil && !missing {
 		return nil, fmt.Errorf("store %s: %w", cfg.Path, err)
 	}
-	var key []byte
-	if isNew {
-		if mark != nil && mark.Pods {
-			return nil, damaged(cfg.Path, errors.New("the file is missing or empty, though it held pods"))
+	if missing && said == nil {
+		if bad != nil {
+			return nil, damaged(cfg.Path, fmt.Errorf("the file is missing or empty, and its ledger of pods is unreadable: %w", bad))
 		}
-		if key, err = readOrMakeKey(cfg.KeyFile); err != nil {
+		if err := makeNew(cfg); err != nil {
+			return nil, err
+		}
+		missing = false
+	}
+	sealer, err := openKey(cfg)
+	if err != nil {
+		return nil, err
+	}
+	var s *Store
+	if missing {
+		err = damaged(cfg.Path, errors.New("the file is missing or empty"))
+	} else if s, err = loadChecked(cfg, sealer, said); errors.Is(err, errForeign) {
+		return nil, err
+	}
+	var mended *Mended
+	if errors.Is(err, ErrDamaged) {
+		why := cause(err)
+		if mended, err = mend(cfg, sealer, said, why); err != nil {
+			return nil, damaged(cfg.Path, fmt.Errorf("%w; it cannot be mended: %w", why, err))
+		}
+		s, err = loadChecked(cfg, sealer, said)
+	}
+	if err != nil {
+		return nil, err
+	}
+	s.ledger, s.mended = ledger, mended
+	if bad != nil {
+		cfg.Log.Warn("the store's ledger of pods was unreadable; it is made anew from the store, which is whole", "store", cfg.Path, "error", bad)
+	}
+	if mended != nil {
+		cfg.Log.Error("THE STORE WAS DAMAGED and has been mended; what is old in it the next sync brings up to date",
+			"store", cfg.Path, "cause", mended.Cause, "pods", mended.Pods, "objects", mended.Objects, "missing", mended.Missing, "aside", mended.Aside)
+	}
+	if !s.ledger.says(s.meta, s.pods) {
+		if err := s.ledger.write(s.meta, s.pods); err != nil {
+			s.db.Close()
 			return nil, fmt.Errorf("store %s: %w", cfg.Path, err)
 		}
-		if err := create(cfg.Path, key); err != nil {
-			return nil, fmt.Errorf("store %s: create: %w", cfg.Path, err)
-		}
-		mark = nil
-	} else if key, err = readKey(cfg.KeyFile); err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("store %s: its key file %s is missing, so its secrets cannot be read; put the key file back, or run `edgecore reset --keep-identity`", cfg.Path, cfg.KeyFile)
-		}
-		return nil, fmt.Errorf("store %s: %w", cfg.Path, err)
+		s.wear.add(ClassLedger, s.ledger.lastWrite)
 	}
-	s, err := load(cfg, key)
-	if err != nil {
-		return nil, err
-	}
-	if err := s.checkMarker(mark); err != nil {
-		s.db.Close()
-		return nil, err
-	}
+	s.reserve()
 	s.start()
 	return s, nil
 }
 
-func (s *Store) checkMarker(mark *marker) error {
-	pods := s.count("pods") > 0
-	switch {
-	case mark == nil: // new, or an older copy put back without it
-	case mark.StoreID != s.storeID:
-		return damaged(s.cfg.Path, errors.New("it is not the database its marker file belongs to"))
-	case mark.Pods && !pods:
-		return damaged(s.cfg.Path, errors.New("it holds no pods, though its marker file says it did"))
+// makeNew makes an empty store where there never was one.
+func makeNew(cfg Config) error {
+	key, err := readOrMakeKey(cfg.KeyFile)
+	if err != nil {
+		return fmt.Errorf("store %s: %w", cfg.Path, err)
 	}
-	if mark != nil {
-		s.marker = *mark
+	sealer, err := newSealer(key)
+	if err != nil {
+		return fmt.Errorf("store %s: %w", cfg.Path, err)
 	}
-	if mark != nil && mark.Pods == pods {
+	fresh := contents{meta: metaRecord{Format: format, StoreID: rand.Text(), RV: 1}}
+	if _, err = writeFresh(cfg.Path+".new", sealer, fresh); err == nil {
+		err = replace(cfg.Path+".new", cfg.Path)
+	}
+	if err != nil {
+		return fmt.Errorf("store %s: create: %w", cfg.Path, err)
+	}
+	return nil
+}
+
+func openKey(cfg Config) (*sealer, error) {
+	key, err := readKey(cfg.KeyFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("store %s: its key file %s is missing, so its secrets cannot be read; put the key file back, or run `edgecore reset --keep-identity`", cfg.Path, cfg.KeyFile)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("store %s: %w", cfg.Path, err)
+	}
+	sealer, err := newSealer(key)
+	if err != nil {
+		return nil, fmt.Errorf("store %s: %w", cfg.Path, err)
+	}
+	return sealer, nil
+}
+
+var errForeign = errors.New("it is not the database its ledger of pods belongs to")
+
+// loadChecked loads the database and holds it against its ledger.
+func loadChecked(cfg Config, sealer *sealer, said *ledgerPage) (*Store, error) {
+	s, err := load(cfg, sealer)
+	if err != nil {
+		return nil, err
+	}
+	s.pods = podsOf(s.tables["pods"])
+	if err := s.checkLedger(said); err != nil {
+		return nil, errors.Join(damaged(cfg.Path, err), s.db.Close())
+	}
+	return s, nil
+}
+
+func (s *Store) checkLedger(said *ledgerPage) error {
+	if said == nil { // an older copy put back without it
 		return nil
 	}
-	return s.writeMarker(pods)
+	if said.StoreID != s.meta.StoreID {
+		return errForeign
+	}
+	if s.meta.Seq < said.Seq {
+		return fmt.Errorf("it is older than it was: of %d commits it has %d", said.Seq, s.meta.Seq)
+	}
+	missing := podSet{}
+	for uid, note := range said.Pods {
+		if _, ok := s.pods[uid]; !ok {
+			missing[uid] = note
+		}
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("pods are missing from it: %s", missing.names())
+	}
+	return nil
 }
 
 // lockFile keeps other processes out. It is a file of its own, so that the
@@ -163,64 +269,10 @@ func boltOptions(timeout time.Duration) *bolt.Options {
 	return &bolt.Options{Timeout: timeout, NoFreelistSync: true, FreelistType: bolt.FreelistMapType}
 }
 
-// create makes the file under another name, so that a file at path is always whole.
-func create(path string, key []byte) error {
-	tmp := path + ".new"
-	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	sealer, err := newSealer(key)
-	if err != nil {
-		return err
-	}
-	db, err := bolt.Open(tmp, 0o600, boltOptions(time.Second))
-	if err != nil {
-		return err
-	}
-	err = db.Update(func(tx *bolt.Tx) error {
-		for _, name := range allBuckets() {
-			if _, err := tx.CreateBucket(name); err != nil {
-				return err
-			}
-		}
-		b := tx.Bucket(bucketMeta)
-		check, err := sealer.seal("keycheck", nil, keyCheck)
-		if err != nil {
-			return err
-		}
-		if err := b.Put(keyCheck, check); err != nil {
-			return err
-		}
-		return putMeta(b, metaRecord{Format: format, StoreID: rand.Text(), RV: 1})
-	})
-	if cerr := db.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(tmp, path)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(tmp))
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-func putMeta(b *bolt.Bucket, m metaRecord) error {
-	p, err := json.Marshal(m)
-	if err != nil {
-		return err
-	}
-	return b.Put([]byte("state"), frame(bucketMeta, []byte("state"), p))
-}
-
 // load reads the whole file into a Store that is not started yet.
-func load(cfg Config, key []byte) (s *Store, err error) {
+func load(cfg Config, sealer *sealer) (s *Store, err error) {
 	if err := preflight(cfg.Path); err != nil {
 		return nil, damaged(cfg.Path, err)
-	}
-	sealer, err := newSealer(key)
-	if err != nil {
-		return nil, fmt.Errorf("store %s: %w", cfg.Path, err)
 	}
 	s = newStore(cfg, sealer)
 	if err := s.openBolt(); err != nil {
@@ -288,40 +340,38 @@ func (s *Store) decode(tx *bolt.Tx) error {
 		}
 	}
 	meta := tx.Bucket(bucketMeta)
-	p, err := unframe(bucketMeta, []byte("state"), meta.Get([]byte("state")))
+	m, err := decodeMeta(meta.Get(stateKey))
 	if err != nil {
-		return fmt.Errorf("meta record: %w", err)
-	}
-	var m metaRecord
-	if err := json.Unmarshal(p, &m); err != nil {
-		return fmt.Errorf("meta record: %w", err)
-	}
-	if m.Format != format {
-		return fmt.Errorf("format %d is not this program's (%d)", m.Format, format)
+		return err
 	}
 	if _, err := s.sealer.open("keycheck", nil, meta.Get(keyCheck)); err != nil {
 		return fmt.Errorf("key file %s is not the one this store was made with", s.cfg.KeyFile)
 	}
-	s.storeID, s.epoch = m.StoreID, m.Epoch
-	s.rv, s.startRV, s.reserved = m.RV, m.RV, m.RV
-	s.disk = m.Counts
-	s.outbox.lastID = m.Outbox
+	s.meta = m
+	s.epoch = m.Epoch
+	s.rv, s.startRV = m.RV, m.RV
+	s.outbox.lastID, s.outbox.highest = m.Outbox, m.Outbox
+	s.outbox.drops = m.Dropped
 
 	var got counts
+	var untolds []*Object
 	err = tx.Bucket(bucketObjects).ForEach(func(k, v []byte) error {
-		o, err := s.sealer.decodeObject(bucketObjects, k, v)
+		o, untold, err := s.sealer.decodeObject(bucketObjects, k, v)
 		if err != nil {
 			return err
 		}
 		got.Objects++
 		s.table(o.Resource).objects[o.Key] = o
+		if untold {
+			untolds = append(untolds, o)
+		}
 		return nil
 	})
 	if err != nil {
 		return err
 	}
 	err = tx.Bucket(bucketParked).ForEach(func(k, v []byte) error {
-		o, err := s.sealer.decodeObject(bucketParked, k, v)
+		o, _, err := s.sealer.decodeObject(bucketParked, k, v)
 		if err != nil {
 			return err
 		}
@@ -342,6 +392,28 @@ func (s *Store) decode(tx *bolt.Tx) error {
 		if e.op == OpDelete {
 			s.gone.add(e.uid)
 		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	slices.SortFunc(untolds, func(a, b *Object) int { return cmp.Compare(a.RV, b.RV) })
+	for _, o := range untolds {
+		id := entryID{o.Key, o.UID, OpStatus}
+		if s.outbox.byID[id] == nil {
+			s.outbox.lastID++
+			s.outbox.insertLocked(&entry{entryID: id, id: s.outbox.lastID})
+		}
+	}
+	err = tx.Bucket(bucketEvents).ForEach(func(k, v []byte) error {
+		e, err := decodeEvent(k, v)
+		if err != nil {
+			return err
+		}
+		got.Events++
+		s.table("events").objects[e.key] = &Object{Key: e.key, UID: e.uid, RV: e.rv, Body: bytes.Clone(e.body)}
+		s.outbox.insertLocked(&entry{entryID: entryID{e.key, e.uid, OpEvent}, id: e.id})
+		s.filed[e.id] = 0
 		return nil
 	})
 	if err != nil {
@@ -370,7 +442,11 @@ func (s *Store) Close() error {
 	s.closeOnce.Do(func() {
 		close(s.closing)
 		<-s.stopped
-		s.closeErr = errors.Join(s.db.Close(), s.lock.Close())
+		s.ledger.close()
+		if s.db != nil {
+			s.closeErr = s.db.Close()
+		}
+		s.closeErr = errors.Join(s.closeErr, s.lock.Close())
 	})
 	return s.closeErr
 }

@@ -5,6 +5,7 @@ import (
 	"container/list"
 	"context"
 	"encoding/json"
+	"maps"
 	"slices"
 	"time"
 )
@@ -50,7 +51,9 @@ const (
 // Outbox is what the node has to tell the cloud: for each object and kind of
 // change one entry, which carries the object's state as it is when sent. Entries
 // come in the order they were first marked, those of one name strictly one
-// after the other, Events last. Entries survive a restart, except for Events.
+// after the other, Events last. Entries survive a restart; so do Events that
+// were made more than FlushAfter before a power cut, or waited for the cloud when
+// another write reached the disk.
 //
 // The store's mu guards it.
 type Outbox struct {
@@ -60,12 +63,26 @@ type Outbox struct {
 	sent    map[uint64]*entry // by Pending.ID
 	busy    map[Key]int       // entries of this key that are out
 	lastID  uint64            // owned by the committer
+	highest uint64            // id of an entry
 	sending uint64
-	events  int
-	dropped uint64
-	acked   []uint64 // entries to take off the disk with the next commit
+	events  int              // entries that are Events
+	states  int              // entries with a record of their own
+	last    int              // bytes of the last states of objects that are gone
+	acked   []uint64         // records to take off the disk with the next commit
+	cleared map[Key]struct{} // objects that are marked on disk as still to be told
+	drops   drops
 	wake    chan struct{}
 }
+
+// Bounds of what waits for the cloud. Events go first, see Config.MaxEvents,
+// then the last statuses of pods that are gone, oldest first, then the news that
+// such pods are gone, which the next sync finds out by itself. What is told of an
+// object that is still here needs no room of its own.
+const (
+	maxEventBytes = 1 << 20
+	maxStates     = 4096
+	maxLastBytes  = 4 << 20
+)
 
 type entryID struct {
 	key Key
@@ -82,11 +99,20 @@ type entry struct {
 
 	elem      *list.Element
 	sendID    uint64 // not 0: out
-	gen       int    // counts marks
+	everSent  bool   // the cloud may have heard of it
+	marked    time.Time
+	gen       int // counts marks
 	sentGen   int
 	pins      int // commits under way that touch it
 	attempt   int
 	notBefore time.Time
+}
+
+// recorded tells whether an entry has a record of its own on disk. Events are
+// filed apart; that the status of an object here has to be told is noted in the
+// object's record, which is written with it anyway.
+func (e *entry) recorded() bool {
+	return e.op != OpEvent && (e.op != OpStatus || e.last != nil)
 }
 
 // staged is an entry as it will be after the commit; next nil removes it.
@@ -96,12 +122,17 @@ type staged struct {
 	next *entry
 }
 
+func (st *staged) recorded() bool {
+	return st.base != nil && st.base.recorded() || st.next != nil && st.next.recorded()
+}
+
 func (o *Outbox) init(s *Store) {
 	o.s = s
 	o.order = list.New()
 	o.byID = map[entryID]*entry{}
 	o.sent = map[uint64]*entry{}
 	o.busy = map[Key]int{}
+	o.cleared = map[Key]struct{}{}
 	o.wake = make(chan struct{})
 }
 
@@ -174,12 +205,15 @@ func (o *Outbox) take(now time.Time, lane Lane) (out []Pending, wake <-chan stru
 			}
 			body, ok := o.bodyLocked(e)
 			if !ok {
+				if e.op == OpEvent {
+					o.drops.event()
+				}
 				o.removeLocked(e)
 				delete(held, e.key)
 				continue
 			}
 			o.sending++
-			e.sendID, e.sentGen = o.sending, e.gen
+			e.sendID, e.sentGen, e.everSent = o.sending, e.gen, true
 			o.sent[e.sendID] = e
 			o.busy[e.key]++
 			out = append(out, Pending{
@@ -259,13 +293,6 @@ func (o *Outbox) Depth() int {
 	return o.order.Len()
 }
 
-// Dropped counts Events that were pushed out unsent.
-func (o *Outbox) Dropped() uint64 {
-	o.s.mu.RLock()
-	defer o.s.mu.RUnlock()
-	return o.dropped
-}
-
 func (o *Outbox) returnLocked(sendID uint64) *entry {
 	e := o.sent[sendID]
 	if e == nil {
@@ -289,9 +316,19 @@ func (o *Outbox) wakeLocked() {
 
 func (o *Outbox) insertLocked(e *entry) {
 	e.elem = o.order.PushBack(e)
+	e.marked = time.Now()
 	o.byID[e.entryID] = e
+	o.highest = max(o.highest, e.id)
+	o.countLocked(e, 1)
+}
+
+func (o *Outbox) countLocked(e *entry, n int) {
 	if e.op == OpEvent {
-		o.events++
+		o.events += n
+	}
+	if e.recorded() {
+		o.states += n
+		o.last += n * len(e.last)
 	}
 }
 
@@ -301,32 +338,73 @@ func (o *Outbox) removeLocked(e *entry) {
 	}
 	o.order.Remove(e.elem)
 	delete(o.byID, e.entryID)
-	if e.op == OpEvent {
-		o.events--
-	} else {
+	o.countLocked(e, -1)
+	switch {
+	case e.recorded():
 		o.acked = append(o.acked, e.id)
+	case e.op == OpStatus:
+		o.cleared[e.key] = struct{}{}
 	}
 }
 
-// pinOutbox holds the entries a batch touches, and takes over what is to come
-// off the disk.
-func (s *Store) pinOutbox(b *layer) []uint64 {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+// pin holds the entries a batch touches.
+func (o *Outbox) pin(b *layer) {
+	o.s.mu.Lock()
+	defer o.s.mu.Unlock()
 	for _, st := range b.outbox {
 		if st.base != nil {
 			st.base.pins++
 		}
 	}
-	removed := s.outbox.acked
-	s.outbox.acked = nil
+}
+
+// takeAcked takes over what is to come off the disk.
+func (o *Outbox) takeAcked(b *layer) []uint64 {
+	o.s.mu.Lock()
+	defer o.s.mu.Unlock()
+	removed := o.acked
+	o.acked = nil
 	// An entry that was acknowledged after it was staged comes back as new.
 	for id, st := range b.outbox {
-		if st.next != nil && st.base != nil && s.outbox.byID[id] != st.base {
+		if st.next != nil && st.base != nil && o.byID[id] != st.base {
 			removed = slices.DeleteFunc(removed, func(d uint64) bool { return d == st.id })
 		}
 	}
 	return removed
+}
+
+// untold tells which of the objects have a status to be told once b is published.
+func (o *Outbox) untold(b *layer, objects map[Key]*Object) map[Key]bool {
+	o.s.mu.RLock()
+	defer o.s.mu.RUnlock()
+	out := map[Key]bool{}
+	for k, obj := range objects {
+		if obj == nil {
+			continue
+		}
+		id := entryID{k, obj.UID, OpStatus}
+		if st, ok := b.outbox[id]; ok {
+			out[k] = st.next != nil
+		} else {
+			out[k] = o.byID[id] != nil
+		}
+	}
+	return out
+}
+
+func (o *Outbox) anyTold() bool {
+	o.s.mu.RLock()
+	defer o.s.mu.RUnlock()
+	return len(o.cleared) > 0
+}
+
+// told takes over the objects whose statuses were told since they were written.
+func (o *Outbox) told() []Key {
+	o.s.mu.Lock()
+	defer o.s.mu.Unlock()
+	out := slices.Collect(maps.Keys(o.cleared))
+	clear(o.cleared)
+	return out
 }
 
 func (o *Outbox) giveBack(removed []uint64) {
@@ -360,8 +438,11 @@ func (o *Outbox) publishLocked(b *layer) {
 				o.dropLocked(live)
 			}
 		case live != nil:
+			o.countLocked(live, -1)
 			live.labels, live.annotations, live.last = st.next.labels, st.next.annotations, st.next.last
+			o.countLocked(live, 1)
 			live.gen++
+			live.marked = time.Now()
 			live.attempt, live.notBefore = 0, time.Time{}
 		default:
 			fresh = append(fresh, st.next)
@@ -376,15 +457,28 @@ func (o *Outbox) publishLocked(b *layer) {
 	for _, e := range fresh {
 		o.insertLocked(e)
 	}
-	for el := o.order.Front(); el != nil && o.events > o.s.cfg.MaxEvents; {
-		next := el.Next()
-		if e := el.Value.(*entry); e.op == OpEvent && e.sendID == 0 && e.pins == 0 {
-			o.removeLocked(e)
-			o.dropped++
-		}
-		el = next
-	}
+	o.boundLocked()
 	o.wakeLocked()
+}
+
+// boundLocked drops what there is no room for, oldest first, but for what is on
+// its way.
+func (o *Outbox) boundLocked() {
+	drop := func(enough func() bool, what func(*entry) bool, count func()) {
+		for el := o.order.Front(); el != nil && !enough(); {
+			next := el.Next()
+			if e := el.Value.(*entry); what(e) && e.sendID == 0 && e.pins == 0 {
+				o.removeLocked(e)
+				count()
+			}
+			el = next
+		}
+	}
+	drop(func() bool { return o.events <= o.s.cfg.MaxEvents },
+		func(e *entry) bool { return e.op == OpEvent }, o.drops.event)
+	fits := func() bool { return o.states <= maxStates && o.last <= maxLastBytes }
+	drop(fits, func(e *entry) bool { return e.op == OpStatus && e.last != nil }, o.drops.state)
+	drop(fits, func(e *entry) bool { return e.op == OpDelete || e.last != nil }, o.drops.state)
 }
 
 // dropLocked removes an entry whose record the commit has already removed.
@@ -392,6 +486,7 @@ func (o *Outbox) dropLocked(e *entry) {
 	acked := o.acked
 	o.removeLocked(e)
 	o.acked = acked
+	delete(o.cleared, e.key)
 }
 
 // lookup returns an entry as tx sees it, nil when there is none.
@@ -404,6 +499,14 @@ func (tx *Tx) lookup(id entryID) *entry {
 	tx.s.mu.RLock()
 	defer tx.s.mu.RUnlock()
 	return tx.s.outbox.byID[id]
+}
+
+// everSent tells whether the cloud may have heard of an entry.
+func (tx *Tx) everSent(e *entry) bool {
+	tx.s.mu.RLock()
+	defer tx.s.mu.RUnlock()
+	live := tx.s.outbox.byID[e.entryID]
+	return live != nil && live.everSent
 }
 
 // stage sets what an entry will be; next nil removes it.
@@ -435,7 +538,11 @@ func (tx *Tx) stage(id entryID, next *entry) {
 
 // MarkDirty notes in the outbox that the cloud has to hear of a change. A
 // delete makes a create or update of the same object needless; its last status
-// still goes first, as others wait for it.
+// still goes first, as others wait for it. A mirror pod that came and went while
+// the cloud was away leaves nothing to tell.
+//
+// That a status has to be told is kept on disk with the object: without a Put in
+// the same write it is known only until a restart.
 func (tx *Tx) MarkDirty(m Mark) {
 	id := entryID{m.Key, m.UID, m.Op}
 	e := &entry{}
@@ -444,14 +551,22 @@ func (tx *Tx) MarkDirty(m Mark) {
 	}
 	e.labels = union(e.labels, m.Labels)
 	e.annotations = union(e.annotations, m.Annotations)
-	tx.stage(id, e)
 	if m.Op != OpDelete {
+		tx.stage(id, e)
 		return
 	}
-	if tx.unstage(entryID{m.Key, m.UID, OpCreate}) {
-		tx.unstage(entryID{m.Key, m.UID, OpStatus})
-	}
+	create := tx.lookup(entryID{m.Key, m.UID, OpCreate})
 	tx.unstage(entryID{m.Key, m.UID, OpUpdate})
+	if create == nil {
+		tx.stage(id, e)
+		return
+	}
+	heard := tx.everSent(create)
+	tx.unstage(create.entryID)
+	tx.unstage(entryID{m.Key, m.UID, OpStatus})
+	if heard {
+		tx.stage(id, e)
+	}
 }
 
 // unstage removes an entry, if there is one.

@@ -189,3 +189,19 @@ func TestNextWaitsOutTheBackoff(t *testing.T) {
 		}
 	})
 }
+
+// kubeletEvent makes an Event as the kubelet does, or counts it up.
+func kubeletEvent(t testing.TB, s *Store, name string) {
+	t.Helper()
+	k := Key{"events", "default", name}
+	must(t, s.Local(context.Background(), func(tx *Tx) error {
+		n := 1
+		if cur, ok := tx.Get(k); ok {
+			c, _ := at(t, cur.Body, "count").(float64)
+			n = int(c) + 1
+		}
+		_, err := tx.Put(k, "u"+name, fmt.Appendf(nil, `{"count":%d,"firstTimestamp":"2026-01-01T00:00:00Z"}`, n))
+		tx.MarkDirty(Mark{Op: OpEvent, Key: k, UID: "u" + name})
+		return err
+	}))
+}

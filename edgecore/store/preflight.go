@@ -3,6 +3,7 @@ package store
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"io"
@@ -41,9 +42,13 @@ func preflight(path string) error {
 		return err
 	}
 	w := &walker{f: f, size: info.Size(), seen: map[uint64]bool{}}
-	root, freelist, err := w.readMeta()
+	root, freelist, whole, err := w.readMeta()
 	if err != nil {
 		return err
+	}
+	if !whole {
+		// bbolt would go by the other one, and silently be a commit older.
+		return errors.New("one of its two meta pages is damaged: the last commit may be missing")
 	}
 	if freelist != noFreelist {
 		if _, err := w.page(freelist, flagFreelist); err != nil {
@@ -64,11 +69,12 @@ type walker struct {
 	seen     map[uint64]bool
 }
 
-// readMeta picks the meta page bbolt would: the valid one of the later transaction.
-func (w *walker) readMeta() (root, freelist uint64, err error) {
+// readMeta picks the meta page bbolt would: the valid one of the later
+// transaction. whole tells whether both are valid.
+func (w *walker) readMeta() (root, freelist uint64, whole bool, err error) {
 	var best uint64
-	found := false
-	try := func(off int64) {
+	found, valid := false, 0
+	try := func(id uint64, off int64) {
 		buf := make([]byte, pageHeader+metaSize)
 		if _, err := w.f.ReadAt(buf, off); err != nil {
 			return
@@ -77,9 +83,11 @@ func (w *walker) readMeta() (root, freelist uint64, err error) {
 		h := fnv.New64a()
 		h.Write(m[:56])
 		if binary.LittleEndian.Uint32(m) != boltMagic || binary.LittleEndian.Uint32(m[4:]) != boltVersion ||
-			binary.LittleEndian.Uint64(m[56:]) != h.Sum64() {
+			binary.LittleEndian.Uint64(m[56:]) != h.Sum64() ||
+			binary.LittleEndian.Uint64(buf) != id || binary.LittleEndian.Uint16(buf[8:]) != flagMeta {
 			return
 		}
+		valid++
 		txid := binary.LittleEndian.Uint64(m[48:])
 		if found && txid <= best {
 			return
@@ -90,22 +98,22 @@ func (w *walker) readMeta() (root, freelist uint64, err error) {
 		freelist = binary.LittleEndian.Uint64(m[32:])
 		w.high = binary.LittleEndian.Uint64(m[40:])
 	}
-	try(0)
+	try(0, 0)
 	second := w.pageSize
 	if !found {
 		second = int64(os.Getpagesize())
 	}
-	try(second)
+	try(1, second)
 	if !found {
-		return 0, 0, fmt.Errorf("no valid meta page")
+		return 0, 0, false, fmt.Errorf("no valid meta page")
 	}
 	if w.pageSize < 1024 || w.pageSize > 1<<16 || w.pageSize&(w.pageSize-1) != 0 {
-		return 0, 0, fmt.Errorf("page size %d", w.pageSize)
+		return 0, 0, false, fmt.Errorf("page size %d", w.pageSize)
 	}
 	if w.high > uint64(w.size/w.pageSize) {
-		return 0, 0, fmt.Errorf("file is truncated: %d bytes, %d pages of %d expected", w.size, w.high, w.pageSize)
+		return 0, 0, false, fmt.Errorf("file is truncated: %d bytes, %d pages of %d expected", w.size, w.high, w.pageSize)
 	}
-	return root, freelist, nil
+	return root, freelist, valid == 2, nil
 }
 
 // page reads a page with its overflow and checks its header.

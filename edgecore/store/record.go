@@ -7,14 +7,17 @@ import (
 	"fmt"
 	"hash/crc32"
 	"strings"
+
+	bolt "go.etcd.io/bbolt"
 )
 
-// The database file, format 1. Four buckets at the root:
+// The database file, format 1. Six buckets at the root:
 //
 //	meta     "state" -> frame(JSON metaRecord), "keycheck" -> sealed constant
 //	objects  resource 0x00 namespace 0x00 name -> frame(object payload)
 //	parked   likewise: namesakes that wait for the old pod to go
 //	outbox   8 bytes big endian id -> frame(JSON outboxRecord)
+//	events   8 bytes big endian outbox id -> frame(JSON eventRecord)
 //	private  kind 0x00 key -> frame(private payload)
 //
 // frame is: 1 byte version (1), 4 bytes big endian CRC-32C over the bucket's
@@ -22,22 +25,29 @@ import (
 // data pages; this is what notices a flipped bit on worn flash.
 //
 // object payload:  uvarint rv, uvarint length + uid, uvarint length + rev,
-// 1 byte (1: sealed), body or nonce + AES-256-GCM(body).
+// 1 byte of flags (1: sealed, 2: its status has to be told to the cloud), body
+// or nonce + AES-256-GCM(body).
 // private payload: uvarint length + owner, nonce + AES-256-GCM(value).
 const recordVersion = 1
+
+const (
+	flagSealed = 1 << iota
+	flagUntold
+)
 
 var (
 	bucketMeta    = []byte("meta")
 	bucketObjects = []byte("objects")
 	bucketParked  = []byte("parked")
 	bucketOutbox  = []byte("outbox")
+	bucketEvents  = []byte("events")
 	bucketPrivate = []byte("private")
 
 	castagnoli = crc32.MakeTable(crc32.Castagnoli)
 )
 
 func allBuckets() [][]byte {
-	return [][]byte{bucketMeta, bucketObjects, bucketParked, bucketOutbox, bucketPrivate}
+	return [][]byte{bucketMeta, bucketObjects, bucketParked, bucketOutbox, bucketEvents, bucketPrivate}
 }
 
 func sum(bucket, key, payload []byte) uint32 {
@@ -107,63 +117,67 @@ func takeString(b []byte) (string, []byte, error) {
 	return string(b[w : w+int(n)]), b[w+int(n):], nil
 }
 
-func (s *sealer) encodeObject(bucket []byte, o *Object) ([]byte, error) {
+func (s *sealer) encodeObject(bucket []byte, o *Object, untold bool) ([]byte, error) {
 	key := o.Key.encode()
 	p := binary.AppendUvarint(nil, o.RV)
 	p = appendString(p, o.UID)
 	p = appendString(p, o.Rev)
-	if !sealed(o.Resource) {
-		p = append(p, 0)
-		p = append(p, o.Body...)
-		return frame(bucket, key, p), nil
+	flags, body := byte(0), o.Body
+	if untold {
+		flags |= flagUntold
 	}
-	ct, err := s.seal(string(bucket), key, o.Body)
-	if err != nil {
-		return nil, err
+	if sealed(o.Resource) {
+		flags |= flagSealed
+		var err error
+		if body, err = s.seal(string(bucket), key, o.Body); err != nil {
+			return nil, err
+		}
 	}
-	p = append(p, 1)
-	return frame(bucket, key, append(p, ct...)), nil
+	p = append(p, flags)
+	return frame(bucket, key, append(p, body...)), nil
 }
 
 // decodeObject copies what it keeps: rec lies in the database's mapping.
-func (s *sealer) decodeObject(bucket, key, rec []byte) (*Object, error) {
+func (s *sealer) decodeObject(bucket, key, rec []byte) (o *Object, untold bool, err error) {
 	k, err := decodeKey(key)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	p, err := unframe(bucket, key, rec)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", k, err)
+		return nil, false, fmt.Errorf("%s: %w", k, err)
 	}
-	o := &Object{Key: k}
+	o = &Object{Key: k}
 	rv, w := binary.Uvarint(p)
 	if w <= 0 {
-		return nil, fmt.Errorf("%s: resourceVersion is cut off", k)
+		return nil, false, fmt.Errorf("%s: resourceVersion is cut off", k)
 	}
 	o.RV, p = rv, p[w:]
 	if o.UID, p, err = takeString(p); err != nil {
-		return nil, fmt.Errorf("%s: uid: %w", k, err)
+		return nil, false, fmt.Errorf("%s: uid: %w", k, err)
 	}
 	if o.Rev, p, err = takeString(p); err != nil {
-		return nil, fmt.Errorf("%s: rev: %w", k, err)
+		return nil, false, fmt.Errorf("%s: rev: %w", k, err)
 	}
-	if len(p) == 0 || p[0] > 1 {
-		return nil, fmt.Errorf("%s: body's form is unknown", k)
+	if len(p) == 0 || p[0] > flagSealed|flagUntold {
+		return nil, false, fmt.Errorf("%s: body's form is unknown", k)
 	}
-	if (p[0] == 1) != sealed(k.Resource) {
-		return nil, fmt.Errorf("%s: encrypted is %t, expected the opposite", k, p[0] == 1)
+	untold = p[0]&flagUntold != 0
+	encrypted := p[0]&flagSealed != 0
+	if encrypted != sealed(k.Resource) {
+		return nil, false, fmt.Errorf("%s: encrypted is %t, expected the opposite", k, encrypted)
 	}
-	if p[0] == 1 {
+	if encrypted {
 		if o.Body, err = s.open(string(bucket), key, p[1:]); err != nil {
-			return nil, fmt.Errorf("%s: %w", k, err)
+			return nil, false, fmt.Errorf("%s: %w", k, err)
 		}
 	} else {
 		o.Body = append([]byte(nil), p[1:]...)
 	}
 	if !json.Valid(o.Body) {
-		return nil, fmt.Errorf("%s: body is not JSON", k)
+		return nil, false, fmt.Errorf("%s: body is not JSON", k)
 	}
-	return o, nil
+	return o, untold, nil
 }
 
 func privateDBKey(k privateKey) []byte { return []byte(k.kind + "\x00" + k.key) }
@@ -209,7 +223,15 @@ type outboxRecord struct {
 	Last        json.RawMessage `json:"last,omitempty"` // the object's last state, when it is gone
 }
 
-func outboxDBKey(id uint64) []byte { return binary.BigEndian.AppendUint64(nil, id) }
+// idKey is the key of what is kept by outbox id.
+func idKey(id uint64) []byte { return binary.BigEndian.AppendUint64(nil, id) }
+
+func decodeID(key []byte) (uint64, error) {
+	if len(key) != 8 {
+		return 0, fmt.Errorf("outbox key has %d bytes", len(key))
+	}
+	return binary.BigEndian.Uint64(key), nil
+}
 
 func encodeOutbox(e *entry) ([]byte, error) {
 	p, err := json.Marshal(outboxRecord{
@@ -219,14 +241,14 @@ func encodeOutbox(e *entry) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return frame(bucketOutbox, outboxDBKey(e.id), p), nil
+	return frame(bucketOutbox, idKey(e.id), p), nil
 }
 
 func decodeOutbox(key, rec []byte) (*entry, error) {
-	if len(key) != 8 {
-		return nil, fmt.Errorf("outbox key has %d bytes", len(key))
+	id, err := decodeID(key)
+	if err != nil {
+		return nil, err
 	}
-	id := binary.BigEndian.Uint64(key)
 	p, err := unframe(bucketOutbox, key, rec)
 	if err != nil {
 		return nil, fmt.Errorf("outbox entry %d: %w", id, err)
@@ -240,7 +262,7 @@ func decodeOutbox(key, rec []byte) (*entry, error) {
 	default:
 		return nil, fmt.Errorf("outbox entry %d: op %q is unknown", id, r.Op)
 	}
-	e := &entry{id: id, entryID: entryID{Key{r.Resource, r.Namespace, r.Name}, r.UID, r.Op}, labels: r.Labels, annotations: r.Annotations, last: r.Last}
+	e := &entry{id: id, entryID: entryID{Key{r.Resource, r.Namespace, r.Name}, r.UID, r.Op}, labels: r.Labels, annotations: r.Annotations, last: r.Last, everSent: true}
 	return e, e.key.check()
 }
 
@@ -248,10 +270,13 @@ func decodeOutbox(key, rec []byte) (*entry, error) {
 type metaRecord struct {
 	Format  int    `json:"format"`
 	StoreID string `json:"storeID"`
-	RV      uint64 `json:"rv"`     // resourceVersions below are used up, in memory too
-	Outbox  uint64 `json:"outbox"` // the highest outbox id used
+	Seq     uint64 `json:"seq"`     // commits so far
+	Content uint64 `json:"content"` // Seq of the last that changed what is there, see copier
+	RV      uint64 `json:"rv"`      // resourceVersions below are used up, in memory too
+	Outbox  uint64 `json:"outbox"`  // the highest outbox id used
 	Epoch   string `json:"epoch,omitempty"`
 	Counts  counts `json:"counts"`
+	Dropped drops  `json:"dropped,omitzero"`
 }
 
 // counts lets Open notice records that vanished.
@@ -259,5 +284,31 @@ type counts struct {
 	Objects int `json:"objects"`
 	Parked  int `json:"parked"`
 	Outbox  int `json:"outbox"`
+	Events  int `json:"events"`
 	Private int `json:"private"`
 }
+
+func putMeta(b *bolt.Bucket, m metaRecord) error {
+	p, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	return b.Put(stateKey, frame(bucketMeta, stateKey, p))
+}
+
+func decodeMeta(rec []byte) (metaRecord, error) {
+	var m metaRecord
+	p, err := unframe(bucketMeta, stateKey, rec)
+	if err == nil {
+		err = json.Unmarshal(p, &m)
+	}
+	if err != nil {
+		return m, fmt.Errorf("meta record: %w", err)
+	}
+	if m.Format != format {
+		return m, fmt.Errorf("format %d is not this program's (%d)", m.Format, format)
+	}
+	return m, nil
+}
+
+var stateKey = []byte("state")

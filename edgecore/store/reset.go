@@ -12,7 +12,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Reset removes a store: database, marker and key. The next Open makes a new,
+// Reset removes a store: database, ledger, copies and key. The next Open makes a new,
 // empty one; as it has not been synced, nobody is served pods from it before
 // the cloud has delivered them all. keyFile may be empty as in Config. It fails
 // with ErrLocked while an edgecore uses the store.
@@ -29,8 +29,8 @@ func Reset(path, keyFile string) error {
 		return err
 	}
 	defer lock.Close()
-	// The marker goes first: without it what is left is either whole or new.
-	for _, p := range []string{markerPath(path), path, path + ".new", path + ".restore", cfg.KeyFile} {
+	// The ledger goes first: without it what is left is either whole or new.
+	for _, p := range []string{ledgerPath(path), path, path + ".new", path + ".restore", goodPath(path), goodPath(path) + ".new", damagedPath(path), cfg.KeyFile} {
 		if err := os.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("reset store: %w", err)
 		}
@@ -49,30 +49,32 @@ func Restore(cfg Config, from string) error {
 		return err
 	}
 	defer lock.Close()
-	key, err := readKey(cfg.KeyFile)
+	sealer, err := openKey(cfg)
 	if err != nil {
-		return fmt.Errorf("restore store: %w", err)
+		return fmt.Errorf("restore: %w", err)
 	}
 	staged := cfg
 	staged.Path = cfg.Path + ".restore"
 	if err := copyFile(staged.Path, from); err != nil {
 		return fmt.Errorf("restore store from %s: %w", from, err)
 	}
-	s, err := load(staged, key)
+	s, err := load(staged, sealer)
 	if err != nil {
 		return errors.Join(fmt.Errorf("restore store from %s: %w", from, err), os.Remove(staged.Path))
 	}
 	if err := s.db.Close(); err != nil {
 		return fmt.Errorf("restore store from %s: %w", from, err)
 	}
-	if err := os.Rename(staged.Path, cfg.Path); err != nil {
+	// The ledger goes first, so that it never says more than the store has.
+	if err := removeIfThere(ledgerPath(cfg.Path)); err != nil {
 		return fmt.Errorf("restore store: %w", err)
 	}
-	if err := syncDir(filepath.Dir(cfg.Path)); err != nil {
+	if err := replace(staged.Path, cfg.Path); err != nil {
 		return fmt.Errorf("restore store: %w", err)
 	}
-	s.cfg = cfg
-	return s.writeMarker(s.count("pods") > 0)
+	l := &ledger{path: ledgerPath(cfg.Path)}
+	defer l.close()
+	return l.write(s.meta, podsOf(s.tables["pods"]))
 }
 
 // Backup writes a consistent copy of the running store to a new file at to.
@@ -98,23 +100,39 @@ func (s *Store) Backup(to string) error {
 	return nil
 }
 
-// Check examines a store without changing or starting it, for diagnosis. It
-// needs the lock, so it fails with ErrLocked beside a running edgecore.
+// Check examines a store without changing, mending or starting it, for
+// diagnosis. It needs the lock, so it fails with ErrLocked beside a running
+// edgecore.
 func Check(cfg Config) error {
 	cfg.LockTimeout = max(cfg.LockTimeout, 100*time.Millisecond)
 	if err := cfg.setDefaults(); err != nil {
 		return err
 	}
-	if _, err := os.Stat(cfg.Path); errors.Is(err, fs.ErrNotExist) {
-		if mark, merr := readMarker(cfg.Path); merr != nil || mark == nil || !mark.Pods {
-			return merr
-		}
-	}
-	s, err := Open(cfg)
+	lock, err := lockFile(cfg.Path, cfg.LockTimeout)
 	if err != nil {
 		return err
 	}
-	return s.Close()
+	defer lock.Close()
+	l, said, bad, err := openLedger(cfg.Path)
+	if err != nil {
+		return err
+	}
+	defer l.close()
+	if bad != nil {
+		return damaged(cfg.Path, bad)
+	}
+	if _, err := os.Stat(cfg.Path); errors.Is(err, fs.ErrNotExist) && said == nil {
+		return nil // there never was one
+	}
+	sealer, err := openKey(cfg)
+	if err != nil {
+		return err
+	}
+	s, err := loadChecked(cfg, sealer, said)
+	if err != nil {
+		return err
+	}
+	return s.db.Close()
 }
 
 func copyFile(to, from string) error {

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
@@ -20,6 +19,8 @@ type Config struct {
 	KeyFile     string        // AES-256 key for secrets and tokens; zero means Path + ".key"
 	History     int           // events kept per resource for watches; zero means 256
 	MaxEvents   int           // Event objects kept in memory, and waiting for the cloud; zero means 512
+	FlushAfter  time.Duration // how long what may wait does, see Tx.Soon; zero means 10m
+	BytesPerDay uint64        // bytes to the disk in 24 h beyond which what may wait does so 6 times longer; zero means no limit
 	LockTimeout time.Duration // wait for another process to let go; zero means 2s
 	Log         *slog.Logger  // nil discards
 }
@@ -33,7 +34,6 @@ type Store struct {
 	sealer  *sealer
 	db      *bolt.DB
 	lock    *os.File
-	storeID string
 	startRV uint64
 
 	writes    chan *write
@@ -42,17 +42,24 @@ type Store struct {
 	closeOnce sync.Once
 	closeErr  error
 
-	bytesWritten atomic.Uint64
-	commits      atomic.Uint64
+	wear wear
+
+	healer *time.Timer // runs while broken
+	mended *Mended
 
 	// owned by the committer
-	reserved uint64 // resourceVersions up to here are used up on disk
-	disk     counts
-	marker   marker
-	lazy     map[Key]struct{} // objects whose new Rev goes to disk with the next commit
-	failed   error            // a commit failed in a way that leaves the file's state unknown
+	ledger    *ledger
+	pods      podSet // of the last commit
+	soon      soon
+	filed     filed
+	broken    error // why nothing may be built on the file as it is
+	healAt    time.Time
+	healWait  time.Duration
+	reserveAt time.Time
 
 	mu          sync.RWMutex // guards the rest; outbox has no lock of its own
+	meta        metaRecord   // of the last commit
+	trouble     *Trouble
 	rv          uint64
 	tables      map[string]*table
 	parked      map[Key]*Object
@@ -86,17 +93,25 @@ func newStore(cfg Config, sealer *sealer) *Store {
 		closing: make(chan struct{}), stopped: make(chan struct{}),
 		tables: map[string]*table{}, parked: map[Key]*Object{}, private: map[privateKey]*privateValue{},
 		syncChanged: make(chan struct{}),
-		lazy:        map[Key]struct{}{},
+		healer:      time.NewTimer(time.Hour),
+		pods:        podSet{},
+		soon:        newSoon(),
+		filed:       filed{},
+		wear:        wear{start: time.Now()},
 		gone:        graveyard{uids: map[string]struct{}{}},
 	}
+	s.healer.Stop()
 	s.outbox.init(s)
 	return s
 }
 
 func (s *Store) start() {
+	var g sync.WaitGroup
+	g.Go(s.commitLoop)
+	g.Go(s.copyLoop)
 	go func() {
-		defer close(s.stopped)
-		s.commitLoop()
+		g.Wait()
+		close(s.stopped)
 	}()
 }
 
@@ -227,12 +242,6 @@ func (s *Store) PrivateKeys(kind string) []string {
 
 // Outbox is what the node still has to tell the cloud.
 func (s *Store) Outbox() *Outbox { return &s.outbox }
-
-// BytesWritten is how many bytes of pages were written to disk since Open.
-func (s *Store) BytesWritten() uint64 { return s.bytesWritten.Load() }
-
-// Commits is how many transactions reached the disk since Open.
-func (s *Store) Commits() uint64 { return s.commits.Load() }
 
 // graveyard remembers the uids of pods the kubelet finished, so that an update
 // the cloud sent before it heard of the end does not bring one back.

@@ -99,7 +99,7 @@ func TestSurvivesRestart(t *testing.T) {
 	if !ok || at(t, sec.Body, "data", "k") != "c2VjcmV0LXdvcmQ=" {
 		t.Errorf("secret after restart: %s", sec.Body)
 	}
-	for _, p := range []string{cfg.Path, cfg.Path + ".key", cfg.Path + ".marker", cfg.Path + ".lock"} {
+	for _, p := range []string{cfg.Path, cfg.Path + ".key", cfg.Path + ".pods", cfg.Path + ".lock"} {
 		info, err := os.Stat(p)
 		if err != nil {
 			t.Fatal(err)

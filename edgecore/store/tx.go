@@ -45,6 +45,13 @@ func (s *Store) Local(ctx context.Context, fn func(tx *Tx) error) error {
 	return w.err
 }
 
+// Soon says that what this write puts need not be on disk when Local returns. It
+// is visible at once. Private values reach the disk FlushAfter later at most,
+// objects when the store is closed or with their next change. A power cut may
+// take them back to what they were, so it is for what would then be made anew,
+// like a heartbeat's time. Of objects, removals do not wait.
+func (tx *Tx) Soon() { tx.l.late = true }
+
 // Tx is one write under way. It sees its own changes.
 type Tx struct {
 	s *Store
@@ -62,9 +69,11 @@ type layer struct {
 	outbox  map[entryID]*staged
 	events  []Event
 	graves  []string
-	lazy    map[Key]struct{} // of objects: only Rev changed
+	soon    soon // of objects and private: may reach the disk later
+	late    bool // all that is put may
+	content bool // what is there changed, not only how it is doing
 	epoch   *string
-	last    bool // the batch of Close
+	flush   flush
 }
 
 func newLayer(parent *layer, rv uint64) *layer {
@@ -72,7 +81,7 @@ func newLayer(parent *layer, rv uint64) *layer {
 		parent: parent, rv: rv,
 		objects: map[Key]*Object{}, parked: map[Key]*Object{},
 		private: map[privateKey]*privateValue{}, outbox: map[entryID]*staged{},
-		lazy: map[Key]struct{}{},
+		soon: newSoon(),
 	}
 }
 
@@ -81,20 +90,28 @@ func (l *layer) merge() {
 	p := l.parent
 	p.rv = l.rv
 	for k, o := range l.objects {
-		if _, lazy := l.lazy[k]; lazy {
+		if _, late := l.soon.objects[k]; late || l.late && o != nil {
 			if _, known := p.objects[k]; !known {
-				p.lazy[k] = struct{}{}
+				p.soon.objects[k] = struct{}{}
 			}
 		} else {
-			delete(p.lazy, k)
+			delete(p.soon.objects, k)
 		}
 		p.objects[k] = o
 	}
+	for k, v := range l.private {
+		if !l.late {
+			delete(p.soon.private, k)
+		} else if _, known := p.private[k]; !known {
+			p.soon.private[k] = struct{}{}
+		}
+		p.private[k] = v
+	}
 	maps.Copy(p.parked, l.parked)
-	maps.Copy(p.private, l.private)
 	maps.Copy(p.outbox, l.outbox)
 	p.events = append(p.events, l.events...)
 	p.graves = append(p.graves, l.graves...)
+	p.content = p.content || l.content
 	if l.epoch != nil {
 		p.epoch = l.epoch
 	}
@@ -165,8 +182,9 @@ func (tx *Tx) put(k Key, uid, rev string, d doc) (*Object, error) {
 	}
 	o := &Object{Key: k, UID: uid, RV: tx.l.rv, Rev: rev, Body: body}
 	tx.l.objects[k] = o
-	delete(tx.l.lazy, k)
+	delete(tx.l.soon.objects, k)
 	if cur == nil {
+		tx.l.content = tx.l.content || !volatile(k.Resource)
 		tx.l.events = append(tx.l.events, Event{Type: Added, Object: o})
 	} else {
 		tx.l.events = append(tx.l.events, Event{Type: Modified, Object: o, Old: cur})
@@ -204,7 +222,8 @@ func (tx *Tx) remove(cur *Object) error {
 		return fmt.Errorf("store %s: %w", cur.Key, err)
 	}
 	tx.l.objects[cur.Key] = nil
-	delete(tx.l.lazy, cur.Key)
+	tx.l.content = tx.l.content || !volatile(cur.Resource)
+	delete(tx.l.soon.objects, cur.Key)
 	tx.l.events = append(tx.l.events, Event{Type: Deleted, Object: &last})
 	if cur.UID != "" {
 		tx.dropOwned(cur.UID)

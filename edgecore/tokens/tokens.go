@@ -238,7 +238,10 @@ func (s *Source) stored(key string) (*keptToken, bool) {
 	return &k, true
 }
 
-// keep stores a token and forgets those that have expired.
+// keep stores a token and forgets those that have expired. A pod's first token
+// is on disk when it returns. One in place of an older one may follow later: the
+// kubelet renews it every hour, for each pod, and a power cut that takes it
+// leaves the older one, or one issued here.
 func (s *Source) keep(ctx context.Context, key, podUID string, k *keptToken) error {
 	raw, err := json.Marshal(k)
 	if err != nil {
@@ -251,9 +254,15 @@ func (s *Source) keep(ctx context.Context, key, podUID string, k *keptToken) err
 			expired = append(expired, other)
 		}
 	}
+	_, renewed := s.cfg.Store.Private(privateKind, key)
 	return s.cfg.Store.Local(ctx, func(tx *store.Tx) error {
+		if renewed {
+			tx.Soon()
+		}
 		for _, e := range expired {
-			tx.DeletePrivate(privateKind, e)
+			if e != key {
+				tx.DeletePrivate(privateKind, e)
+			}
 		}
 		return tx.PutPrivate(privateKind, key, podUID, raw)
 	})
