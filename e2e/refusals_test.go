@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"net"
 	"os"
@@ -10,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/skerry-io/skerry/e2e/cluster"
 )
@@ -163,7 +166,7 @@ func TestEdgecoreRefusesToStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, damage := range map[string]func() error{
-		"store torn":    func() error { return os.Truncate(db, int64(len(whole)/2)) },
+		"store torn":    func() error { return os.Truncate(db, 8192) },
 		"store zeroed":  func() error { return os.WriteFile(db, make([]byte, len(whole)), 0o600) },
 		"store emptied": func() error { return os.Truncate(db, 0) },
 		"store missing": func() error { return os.Remove(db) },
@@ -192,6 +195,52 @@ func TestEdgecoreRefusesToStart(t *testing.T) {
 				}
 			}
 		})
+	}
+	// Beside a good copy the same damage mends itself, and is told.
+	for name, damage := range map[string]func() error{
+		"torn":    func() error { return os.Truncate(db, 8192) },
+		"missing": func() error { return os.Remove(db) },
+		"one byte of the newest meta page": func() error {
+			b := append([]byte(nil), whole...)
+			newest := 0
+			if txid(b, 4096) > txid(b, 0) {
+				newest = 4096
+			}
+			b[newest+20] ^= 0xff
+			return os.WriteFile(db, b, 0o600)
+		},
+	} {
+		t.Run("mended: "+name, func(t *testing.T) {
+			if err := os.WriteFile(db, whole, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(db+".good", whole, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if err := damage(); err != nil {
+				t.Fatal(err)
+			}
+			if err := n.Run(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, 20*time.Second, "the mended store in step", func(ctx context.Context) (bool, string) {
+				st, err := n.Status(ctx)
+				return err == nil && st.Connected && st.Objects["pods"] == 1 && st.StoreMended != nil && st.StoreMended.Pods == 1, fmt.Sprintf("%+v %v", st, err)
+			})
+			eventually(t, 20*time.Second, "an Event of the Node in the cloud", func(ctx context.Context) (bool, string) {
+				list, err := world.client.CoreV1().Events("default").List(ctx, metav1.ListOptions{FieldSelector: "reason=StoreMended"})
+				return err == nil && len(list.Items) > 0 && strings.Contains(list.Items[0].Message, "1 pods"), fmt.Sprintf("%+v %v", list, err)
+			})
+			if err := n.StopEdgecore(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Remove(db + ".good"); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+	if whole, err = os.ReadFile(db); err != nil {
+		t.Fatal(err)
 	}
 	t.Run("a copy put back", func(t *testing.T) {
 		if err := os.WriteFile(n.Disk(cluster.EdgeDataDir+"/copy.db"), whole, 0o600); err != nil {
@@ -239,3 +288,6 @@ func TestEdgecoreRefusesToStart(t *testing.T) {
 		says(t, edgecoreEnds(t, n), "read-only")
 	})
 }
+
+// txid is the transaction of the bbolt meta page at an offset.
+func txid(db []byte, at int) uint64 { return binary.LittleEndian.Uint64(db[at+16+48:]) }

@@ -19,7 +19,17 @@ var (
 	descSent      = desc("tunnel_sent_bytes_total", "Bytes sent on the present tunnel.")
 	descReceived  = desc("tunnel_received_bytes_total", "Bytes received on the present tunnel.")
 	descStreams   = desc("tunnel_streams", "Streams open on the present tunnel: its sync, and the hub's connections to the kubelet.")
-	descObjects   = prometheus.NewDesc(prometheus.BuildFQName(metrics.Namespace, "edge", "store_objects"),
+	descStates    = desc("outbox_dropped_states_total", "Last statuses and deletions of pods that are gone, dropped because the outbox was full.")
+	descTrouble   = desc("store_unwritable", "1 while the disk takes no writes.")
+	descMended    = desc("store_mended", "1 if the store was damaged and mended at the start of this process.")
+	descBudget    = desc("store_budget_bytes_per_day", "Bytes that the store should write in 24 hours; 0 is no limit.")
+	descDay       = desc("store_written_last_day_bytes", "Bytes the store wrote in the last 24 hours of this process.")
+	descProcess   = desc("process_written_bytes_total", "Bytes the process wrote to disk, the store and the kubelet's files.")
+	descByClass   = prometheus.NewDesc(prometheus.BuildFQName(metrics.Namespace, "edge", "store_class_written_bytes_total"),
+		"Bytes the store wrote to disk, by what for.", []string{"class"}, nil)
+	descTraffic = prometheus.NewDesc(prometheus.BuildFQName(metrics.Namespace, "edge", "tunnel_bytes_total"),
+		"Bytes over all tunnels since the start, by class and direction.", []string{"class", "direction"}, nil)
+	descObjects = prometheus.NewDesc(prometheus.BuildFQName(metrics.Namespace, "edge", "store_objects"),
 		"Objects from the cloud in the store.", []string{"resource"}, nil)
 )
 
@@ -53,6 +63,28 @@ func (c edgeCollector) Collect(ch chan<- prometheus.Metric) {
 	gauge(descOutbox, float64(st.Outbox))
 	counter(descDropped, st.EventsDropped)
 	counter(descWritten, st.StoreWritten)
+	counter(descStates, st.StatesDropped)
+	flag := func(d *prometheus.Desc, on bool) {
+		v := 0.0
+		if on {
+			v = 1
+		}
+		gauge(d, v)
+	}
+	flag(descTrouble, st.StoreTrouble != nil)
+	flag(descMended, st.StoreMended != nil)
+	b := st.Bytes
+	gauge(descBudget, float64(b.Disk.Budget))
+	gauge(descDay, float64(b.Disk.LastDay))
+	counter(descProcess, b.Process)
+	for class, n := range b.Disk.Classes {
+		ch <- prometheus.MustNewConstMetric(descByClass, prometheus.CounterValue, float64(n), class)
+	}
+	for direction, classes := range map[string]map[string]uint64{"sent": b.Sent, "received": b.Received} {
+		for class, n := range classes {
+			ch <- prometheus.MustNewConstMetric(descTraffic, prometheus.CounterValue, float64(n), class, direction)
+		}
+	}
 	gauge(descSent, float64(st.TunnelSent))
 	gauge(descReceived, float64(st.TunnelRecv))
 	gauge(descStreams, float64(st.TunnelStreams))

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/utils/ptr"
 	"sigs.k8s.io/yaml"
 
@@ -41,6 +42,7 @@ type Config struct {
 	Runtime RuntimeConfig `json:"runtime,omitempty"`
 	Kubelet KubeletConfig `json:"kubelet,omitempty"`
 	Images  ImagesConfig  `json:"images,omitempty"`
+	Store   StoreConfig   `json:"store,omitempty"`
 	Metrics MetricsConfig `json:"metrics,omitempty"`
 	Log     LogConfig     `json:"log,omitempty"`
 }
@@ -91,6 +93,24 @@ type ImagesConfig struct {
 	LocalWhenUnreachable *bool `json:"localWhenUnreachable,omitempty"`
 }
 
+// StoreConfig is the node's copy of its objects.
+type StoreConfig struct {
+	// BytesPerDay is how much the store should write to the disk in 24 hours,
+	// like 5M (the default); "0" is no limit. Beyond it, what need not be
+	// durable at once is written six times less often, and the last good copy
+	// is made less often the larger it is. What was acknowledged never waits.
+	BytesPerDay string `json:"bytesPerDay,omitempty"`
+}
+
+// bytesPerDay returns the budget in bytes.
+func (c StoreConfig) bytesPerDay() (uint64, error) {
+	q, err := resource.ParseQuantity(c.BytesPerDay)
+	if err != nil || q.Sign() < 0 {
+		return 0, fmt.Errorf("configuration: store.bytesPerDay %q is not a number of bytes like 5M", c.BytesPerDay)
+	}
+	return uint64(q.Value()), nil
+}
+
 // MetricsConfig is edgecore's own exposition.
 type MetricsConfig struct {
 	// Listen is a loopback address; default 127.0.0.1:10270, "off" for none.
@@ -103,6 +123,8 @@ type LogConfig struct {
 	Level  string `json:"level,omitempty"`  // debug, info, warn or error; default info
 	Format string `json:"format,omitempty"` // text or json; default text
 }
+
+const defaultBytesPerDay = "5M"
 
 const defaultMetricsListen = "127.0.0.1:10270"
 
@@ -134,6 +156,9 @@ func (c *Config) complete(dataDir string) {
 	}
 	if c.Images.LocalWhenUnreachable == nil {
 		c.Images.LocalWhenUnreachable = ptr.To(true)
+	}
+	if c.Store.BytesPerDay == "" {
+		c.Store.BytesPerDay = defaultBytesPerDay
 	}
 	if c.Metrics.Listen == "" {
 		c.Metrics.Listen = defaultMetricsListen

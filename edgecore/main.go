@@ -46,6 +46,7 @@ func newCommand() *cobra.Command {
 		newJoinCommand(),
 		newRunCommand(),
 		newStatusCommand(),
+		newBytesCommand(),
 		newCheckCommand(),
 		newResetCommand(),
 	)

@@ -75,6 +75,11 @@ type Status struct {
 	TunnelSent    uint64         `json:"tunnelSentBytes"`
 	TunnelRecv    uint64         `json:"tunnelReceivedBytes"`
 	TunnelStreams int            `json:"tunnelStreams"` // open now
+
+	StatesDropped uint64         `json:"statesDropped,omitempty"` // of pods that are gone, see store.Outbox
+	StoreTrouble  *store.Trouble `json:"storeTrouble,omitempty"`  // why the disk takes no writes
+	StoreMended   *store.Mended  `json:"storeMended,omitempty"`   // what was done to a damaged store at the start
+	Bytes         Bytes          `json:"bytes"`
 }
 
 // listen opens the socket and the port, so that what is wrong with them is
@@ -188,6 +193,9 @@ func (s *ownServer) status() Status {
 		StoreWritten: s.store.BytesWritten(),
 		TunnelSent:   sum(l.Tunnel.BytesOut[:]), TunnelRecv: sum(l.Tunnel.BytesIn[:]), TunnelStreams: l.Tunnel.Streams,
 	}
+	st.StatesDropped = s.store.Outbox().DroppedStates()
+	st.StoreTrouble, st.StoreMended = s.store.Trouble(), s.store.Mended()
+	st.Bytes = bytesNow(s.started, s.store, s.link)
 	if l.Connected && l.Tunnel.RTT > 0 {
 		st.RTT = l.Tunnel.RTT.String()
 	}

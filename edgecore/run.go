@@ -74,10 +74,15 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 		hub = id.HubURL().String()
 	}
 	node := id.NodeName()
+	budget, err := cfg.Store.bytesPerDay()
+	if err != nil {
+		return err
+	}
 	db, err := store.Open(store.Config{
-		Path:    filepath.Join(dataDir, storeFile),
-		KeyFile: filepath.Join(dataDir, storeKeyFile),
-		Log:     log,
+		Path:        filepath.Join(dataDir, storeFile),
+		KeyFile:     filepath.Join(dataDir, storeKeyFile),
+		BytesPerDay: budget,
+		Log:         log,
 	})
 	if err != nil {
 		return err
@@ -156,6 +161,9 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return own.run(ctx) })
 	g.Go(func() error { return imageProxy.Run(ctx) })
+	g.Go(func() error {
+		return (&notices{store: db, node: node, inStep: uplink.InStep, log: log}).run(ctx)
+	})
 	g.Go(func() error {
 		if !db.Synced() {
 			log.Info("waiting for this node's first sync with the hub; pods start after it", "hub", hub)

@@ -94,6 +94,15 @@ func printStatus(w io.Writer, st Status) {
 		fmt.Fprintf(w, "store     in step %s ago, %d pods\n", ago(st.LastSync), st.Objects["pods"])
 	}
 	fmt.Fprintf(w, "outbox    %d changes to send, %d events dropped\n", st.Outbox, st.EventsDropped)
+	if st.StatesDropped > 0 {
+		fmt.Fprintf(w, "          %d last statuses and deletions of pods that are gone were dropped\n", st.StatesDropped)
+	}
+	if t := st.StoreTrouble; t != nil {
+		fmt.Fprintf(w, "disk      TAKES NO WRITES for %s: %s; pods run on from memory\n", ago(t.Since), t.Error)
+	}
+	if m := st.StoreMended; m != nil {
+		fmt.Fprintf(w, "disk      the store was DAMAGED and mended %s ago (%s): %d pods, %d objects\n", ago(m.At), m.Cause, m.Pods, m.Objects)
+	}
 	fmt.Fprintf(w, "bytes     %d written by the store, %d sent and %d received on this tunnel\n", st.StoreWritten, st.TunnelSent, st.TunnelRecv)
 }
 

@@ -241,6 +241,21 @@ type Status struct {
 
 	Objects map[string]int `json:"objects"`
 
+	// StoreMended tells that the store was damaged and mended at the start.
+	StoreMended *struct {
+		Cause string `json:"cause"`
+		Pods  int    `json:"pods"`
+	} `json:"storeMended"`
+	// Bytes is what "edgecore bytes -o json" tells.
+	Bytes struct {
+		Disk struct {
+			Total   uint64            `json:"total"`
+			Commits uint64            `json:"commits"`
+			Classes map[string]uint64 `json:"classes"`
+		} `json:"disk"`
+		Process uint64 `json:"process"`
+	} `json:"bytes"`
+
 	StoreWritten uint64 `json:"storeWrittenBytes"`
 	TunnelSent   uint64 `json:"tunnelSentBytes"`
 	TunnelRecv   uint64 `json:"tunnelReceivedBytes"`

@@ -59,7 +59,8 @@ type Link struct {
 	mu      sync.Mutex
 	state   State
 	session *tunnel.Session // while connected
-	talk    *talk           // the conversation under way
+	past    past
+	talk    *talk // the conversation under way
 }
 
 // State is what a Link knows about itself.
@@ -263,6 +264,8 @@ func (l *Link) connected(s *tunnel.Session) {
 func (l *Link) disconnected(s *tunnel.Session, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.past.add(s.Stats())
+	l.past.tunnels++
 	if l.session != s {
 		return // it was drained: the next one serves already
 	}
