@@ -228,8 +228,9 @@ func TestMirrorPod(t *testing.T) {
 	yes := true
 	p := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: "static-edge-1", Namespace: "default", UID: "local",
-			Annotations:     map[string]string{corev1.MirrorPodAnnotationKey: "hash", "kubernetes.io/config.hash": "hash", "kubernetes.io/config.source": "file"},
-			OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: "edge-1", UID: n.UID, Controller: &yes}}},
+			Annotations: map[string]string{corev1.MirrorPodAnnotationKey: "hash", "kubernetes.io/config.hash": "hash", "kubernetes.io/config.source": "file"},
+			// Made before the Node was registered.
+			OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: "edge-1", UID: "local", Controller: &yes}}},
 		Spec:   corev1.PodSpec{NodeName: "edge-1", Containers: []corev1.Container{{Name: "c", Image: "i"}}},
 		Status: corev1.PodStatus{Phase: corev1.PodRunning},
 	}
@@ -238,6 +239,9 @@ func TestMirrorPod(t *testing.T) {
 	got, err := cluster.admin.CoreV1().Pods("default").Get(t.Context(), p.Name, metav1.GetOptions{})
 	if err != nil || string(got.UID) != r.UID || got.Status.Phase != corev1.PodRunning {
 		t.Errorf("mirror: %v, UID %s answered %s, phase %s", err, got.UID, r.UID, got.Status.Phase)
+	}
+	if owner := got.OwnerReferences; len(owner) != 1 || owner[0].UID != n.UID {
+		t.Errorf("mirror's owner: %+v, the Node's UID is %s", owner, n.UID)
 	}
 	// Sent twice it is the same pod.
 	if again := write(t, "edge-1", edgeapi.OpCreate, "pods", "default", p.Name, "local", p); again.UID != r.UID || again.Code != 200 {

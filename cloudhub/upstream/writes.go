@@ -266,6 +266,9 @@ func (u *Upstream) createMirrorPod(ctx context.Context, w edgeapi.Write) (types.
 		return "", &badWriteError{fmt.Sprintf("pod %s/%s is not a mirror pod: a node creates no other", p.Namespace, p.Name)}
 	}
 	fresh(&p.ObjectMeta)
+	if err := u.ownByNode(ctx, p.Spec.NodeName, p.OwnerReferences); err != nil {
+		return "", err
+	}
 	pods := u.client.CoreV1().Pods(w.Namespace)
 	got, err := pods.Create(ctx, &p, metav1.CreateOptions{})
 	if apierrors.IsAlreadyExists(err) {
@@ -287,6 +290,23 @@ func (u *Upstream) createMirrorPod(ctx context.Context, w edgeapi.Write) (types.
 		err = apierrors.NewServiceUnavailable("the mirror pod changed meanwhile: " + err.Error())
 	}
 	return got.UID, err
+}
+
+// ownByNode gives references to the Node the UID that the Node has in the cloud:
+// the kubelet may have made them when the Node had one of the edge's own, as
+// before it was registered.
+func (u *Upstream) ownByNode(ctx context.Context, node string, refs []metav1.OwnerReference) error {
+	for i, ref := range refs {
+		if ref.Kind != "Node" || ref.Name != node {
+			continue
+		}
+		n, err := u.client.CoreV1().Nodes().Get(ctx, node, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		refs[i].UID = n.UID
+	}
+	return nil
 }
 
 // deletePod confirms that a pod has ended on the node.
@@ -331,13 +351,8 @@ func (u *Upstream) csiNode(ctx context.Context, w edgeapi.Write) (types.UID, err
 	}
 	fresh(&n.ObjectMeta)
 	nodes := u.client.StorageV1().CSINodes()
-	// The owner is the Node, whose UID the cloud gave.
-	node, err := u.client.CoreV1().Nodes().Get(ctx, w.Name, metav1.GetOptions{})
-	if err != nil {
+	if err := u.ownByNode(ctx, w.Name, n.OwnerReferences); err != nil {
 		return "", err
-	}
-	for i := range n.OwnerReferences {
-		n.OwnerReferences[i].UID = node.UID
 	}
 	got, err := nodes.Create(ctx, &n, metav1.CreateOptions{})
 	if apierrors.IsAlreadyExists(err) {
