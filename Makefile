@@ -62,6 +62,12 @@ test-unit: deps ## Run the tests of the packages (needs root)
 test-e2e: deps build ## Run the tests of the whole system with real parts (needs root)
 	$(GO_TEST) -count=1 $(SYSTEM)
 
+# The tests in files named for autonomy share the other tests' machines.
+.PHONY: test-autonomy
+test-autonomy: deps build ## Run the scenarios of nodes on their own, and the model test (needs root)
+	$(GO_TEST) -count=1 -run "^($$(sed -n 's/^func \(Test[A-Za-z0-9_]*\)(t .*/\1/p' e2e/autonomy*_test.go | paste -sd '|'))\$$" ./e2e
+	$(GO_TEST) -count=1 ./e2e/convergence
+
 .PHONY: soak
 soak: deps build ## Let a hub and two nodes work for TIME (10m) under random faults, and report (needs root; SEED=n)
 	@go build -o bin/soak ./e2e/soak
@@ -121,4 +127,4 @@ clean: ## Remove what was built
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} \
 		/^##@ / {printf "\n%s\n", substr($$0, 5)} \
-		/^[a-z][a-z0-9 -]*:.*## / {sub(/ lint$$/, "", $$1); printf "  make %-12s %s\n", $$1, $$2}' Makefile
+		/^[a-z][a-z0-9 -]*:.*## / {sub(/ lint$$/, "", $$1); printf "  make %-13s %s\n", $$1, $$2}' Makefile

@@ -4,12 +4,9 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"hash"
-	"os"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -25,7 +22,11 @@ const benchLogMiB = 50
 func BenchmarkLogs(b *testing.B) {
 	ns := benchPod(b)
 	want := sha256.Sum256([]byte(printed(benchLogMiB)))
-	hub, edge := fmt.Sprint(world.hub.PID()), edgecorePID(b)
+	hub := world.hub.PID()
+	edge, err := world.nodes[0].EdgecoreHostPID()
+	if err != nil {
+		b.Fatal(err)
+	}
 	hubBefore, edgeBefore := cpuTime(b, hub), cpuTime(b, edge)
 	var took []time.Duration
 	b.SetBytes(benchLogMiB << 20)
@@ -99,56 +100,4 @@ func benchPod(b *testing.B) string {
 		b.Fatal(err)
 	}
 	return ns.Name
-}
-
-// edgecorePID finds edgecore of the first node in the host's process table, by
-// its pid inside the machine and the machine's namespace.
-func edgecorePID(b *testing.B) string {
-	b.Helper()
-	node := world.nodes[0]
-	root := strings.TrimSuffix(node.Path("/"), "/")
-	space, err := os.Readlink(strings.TrimSuffix(root, "root") + "ns/pid")
-	if err != nil {
-		b.Fatal(err)
-	}
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		b.Fatal(err)
-	}
-	for _, e := range entries {
-		if of, err := os.Readlink("/proc/" + e.Name() + "/ns/pid"); err != nil || of != space {
-			continue
-		}
-		status, err := os.ReadFile("/proc/" + e.Name() + "/status")
-		if err != nil {
-			continue
-		}
-		for line := range strings.Lines(string(status)) {
-			if pids, ok := strings.CutPrefix(line, "NSpid:"); ok {
-				if f := strings.Fields(pids); f[len(f)-1] == fmt.Sprint(node.EdgecorePID()) {
-					return e.Name()
-				}
-			}
-		}
-	}
-	b.Fatal(errors.New("edgecore is not in /proc"))
-	return ""
-}
-
-// cpuTime returns what a process has used, at the kernel's 100 ticks a second.
-func cpuTime(b *testing.B, pid string) time.Duration {
-	b.Helper()
-	stat, err := os.ReadFile("/proc/" + pid + "/stat")
-	if err != nil {
-		b.Fatal(err)
-	}
-	f := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-	var user, system int64
-	if _, err := fmt.Sscan(f[11], &user); err != nil {
-		b.Fatal(err)
-	}
-	if _, err := fmt.Sscan(f[12], &system); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(user+system) * 10 * time.Millisecond
 }

@@ -142,6 +142,7 @@ func startHub(ctx context.Context, dir string, nodes []*cluster.Node) (*cluster.
 	for _, n := range nodes {
 		names = append(names, n.HostIP())
 	}
+	names = append(names, hubName)
 	h, err := cluster.NewHub(cluster.HubConfig{Dir: dir, Programs: world.programs, Names: names})
 	if err != nil {
 		return nil, err

@@ -26,13 +26,14 @@ import (
 func main() {
 	machine.Main()
 	runs := flag.Int("runs", 5, "repetitions of what is repeated; the median is shown")
-	only := flag.String("only", "", "comma-separated parts: boot,demo,pods,logs,cost,size (default all)")
+	only := flag.String("only", "", "comma-separated parts: size,boot,demo,pods,logs,cost,cold,resync,disk (default all)")
 	kubelet := flag.String("kubelet", "", "a plain upstream kubelet to compare with; make bench builds one")
 	settle := flag.Duration("settle", 60*time.Second, "idle time over which memory and processor are read")
+	idle := flag.Duration("idle", 5*time.Minute, "idle time over which bytes to disk are counted")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	b := &bench{runs: *runs, settle: *settle, kubelet: *kubelet}
+	b := &bench{runs: *runs, settle: *settle, idle: *idle, kubelet: *kubelet}
 	if b.kubelet != "" {
 		var err error
 		if b.kubelet, err = filepath.Abs(b.kubelet); err != nil {
@@ -49,6 +50,7 @@ func main() {
 type bench struct {
 	runs    int
 	settle  time.Duration
+	idle    time.Duration
 	kubelet string // path of a plain kubelet
 
 	dir      string
@@ -93,6 +95,7 @@ func (b *bench) run(ctx context.Context, only string) (err error) {
 		do   func(context.Context) error
 	}{
 		{"size", b.sizes}, {"boot", b.boot}, {"demo", b.demo}, {"pods", b.pods}, {"logs", b.logs}, {"cost", b.cost},
+		{"cold", b.cold}, {"resync", b.resync}, {"disk", b.disk},
 	}
 	for _, p := range parts {
 		if only != "" && !slices.Contains(strings.Split(only, ","), p.name) {

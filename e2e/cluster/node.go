@@ -231,6 +231,7 @@ func (n *Node) EdgecoreHostPID() (int, error) { return n.proc.HostPID() }
 // Status is what "edgecore status -o json" tells.
 type Status struct {
 	Connected bool      `json:"connected"`
+	Since     time.Time `json:"since"` // connected or not
 	Synced    bool      `json:"synced"`
 	LastSync  time.Time `json:"lastSync"`
 	LastError string    `json:"lastError"`
@@ -278,6 +279,24 @@ func (n *Node) AdminClient() *http.Client {
 			return d.DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), filepath.Base(path)))
 		},
 	}}
+}
+
+// StatusBySocket is Status without starting a program.
+func (n *Node) StatusBySocket(ctx context.Context) (Status, error) {
+	var st Status
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://edgecore/v1/status", nil)
+	if err != nil {
+		return st, err
+	}
+	res, err := n.AdminClient().Do(req)
+	if err != nil {
+		return st, err
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		return st, errors.New("edgecore's socket: " + res.Status)
+	}
+	return st, json.NewDecoder(res.Body).Decode(&st)
 }
 
 // Status asks edgecore.

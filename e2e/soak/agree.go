@@ -88,7 +88,7 @@ func (s *soak) disagreement(ctx context.Context) string {
 
 func (s *soak) nodesDiffer(ctx context.Context) (string, error) {
 	for _, n := range s.nodes {
-		st, err := n.adminStatus(ctx)
+		st, err := n.StatusBySocket(ctx)
 		if err != nil {
 			return "", fmt.Errorf("%s: %w", n.Name(), err)
 		}

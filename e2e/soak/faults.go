@@ -67,7 +67,7 @@ func (s *soak) nodeFault(ctx context.Context, n *edge, f fault, hold time.Durati
 			}
 			probed = true
 		}
-		st, err := n.adminStatus(ctx)
+		st, err := n.StatusBySocket(ctx)
 		switch {
 		case err != nil:
 			return err.Error()

@@ -57,7 +57,7 @@ func (s *soak) measure(ctx context.Context) error {
 			g := s.gaugeOf(n.Name())
 			g.sample(pid)
 			limited, cancel := context.WithTimeout(ctx, time.Second)
-			st, err := n.adminStatus(limited)
+			st, err := n.StatusBySocket(limited)
 			cancel()
 			if err == nil {
 				g.mu.Lock()

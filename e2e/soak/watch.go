@@ -2,10 +2,7 @@ package main
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"net/http"
 	"strconv"
 	"strings"
 	"time"
@@ -17,8 +14,6 @@ import (
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/tools/cache"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
-
-	"github.com/skerry-io/skerry/e2e/cluster"
 )
 
 // A container as a node's containerd knows it.
@@ -271,22 +266,4 @@ func (s *soak) watchPods(ctx context.Context) error {
 	<-ctx.Done()
 	f.Shutdown()
 	return ctx.Err()
-}
-
-// adminStatus asks edgecore on its socket.
-func (n *edge) adminStatus(ctx context.Context) (cluster.Status, error) {
-	var st cluster.Status
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://edgecore/v1/status", nil)
-	if err != nil {
-		return st, err
-	}
-	res, err := n.admin.Do(req)
-	if err != nil {
-		return st, err
-	}
-	defer res.Body.Close()
-	if res.StatusCode != http.StatusOK {
-		return st, errors.New(res.Status)
-	}
-	return st, json.NewDecoder(res.Body).Decode(&st)
 }

@@ -313,7 +313,7 @@ func (s *soak) emptyOut(ctx context.Context) error {
 			if len(sandboxes) > 0 {
 				return fmt.Sprintf("%d sandboxes on %s", len(sandboxes), n.Name())
 			}
-			st, err := n.adminStatus(ctx)
+			st, err := n.StatusBySocket(ctx)
 			if err != nil {
 				return err.Error()
 			}
