@@ -60,7 +60,10 @@ type Link struct {
 	state   State
 	session *tunnel.Session // while connected
 	past    past
-	talk    *talk // the conversation under way
+	talk    *talk         // the conversation under way
+	pauses  int           // callers of Pause that have not resumed
+	resumed chan struct{} // closed when pauses is 0 again
+	cut     func()        // ends the present tunnel for a pause
 }
 
 // State is what a Link knows about itself.
@@ -131,11 +134,18 @@ func (l *Link) Run(ctx context.Context) error {
 			}
 		}
 	}
-	err := l.cfg.Dialer.Run(ctx, l.serve)
-	if ctx.Err() != nil {
-		return nil
+	for {
+		turn, end := l.awaitTurn(ctx)
+		err := l.cfg.Dialer.Run(turn, l.serve)
+		paused := turn.Err() != nil
+		end()
+		if ctx.Err() != nil {
+			return nil
+		}
+		if !paused {
+			return err
+		}
 	}
-	return err
 }
 
 // FirstSync is closed once the store holds a complete set of this node's
