@@ -24,6 +24,7 @@ const (
 	storeKeyFile = "store.key"   // encrypts secrets in it
 	issuerFile   = "issuer.key"  // signs tokens for the local API
 	adminSocket  = "edgecore.sock"
+	drillFile    = "drill.json"    // the last drill, or the one under way
 	imagesSocket = "images.sock"   // the kubelet's image service
 	metricsToken = "metrics.token" // bearer token of the loopback metrics
 )

@@ -47,6 +47,7 @@ func newCommand() *cobra.Command {
 		newRunCommand(),
 		newStatusCommand(),
 		newBytesCommand(),
+		newDrillCommand(),
 		newCheckCommand(),
 		newResetCommand(),
 	)

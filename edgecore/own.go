@@ -20,6 +20,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/skerry-io/skerry/edgecore/autonomy"
 	"github.com/skerry-io/skerry/edgecore/link"
 	"github.com/skerry-io/skerry/edgecore/store"
 	"github.com/skerry-io/skerry/metrics"
@@ -36,6 +37,7 @@ type ownServer struct {
 	hub     string
 	link    *link.Link
 	store   *store.Store
+	ready   *readiness
 	started time.Time
 	log     *slog.Logger
 
@@ -76,10 +78,12 @@ type Status struct {
 	TunnelRecv    uint64         `json:"tunnelReceivedBytes"`
 	TunnelStreams int            `json:"tunnelStreams"` // open now
 
-	StatesDropped uint64         `json:"statesDropped,omitempty"` // of pods that are gone, see store.Outbox
-	StoreTrouble  *store.Trouble `json:"storeTrouble,omitempty"`  // why the disk takes no writes
-	StoreMended   *store.Mended  `json:"storeMended,omitempty"`   // what was done to a damaged store at the start
-	Bytes         Bytes          `json:"bytes"`
+	StatesDropped uint64          `json:"statesDropped,omitempty"` // of pods that are gone, see store.Outbox
+	StoreTrouble  *store.Trouble  `json:"storeTrouble,omitempty"`  // why the disk takes no writes
+	StoreMended   *store.Mended   `json:"storeMended,omitempty"`   // what was done to a damaged store at the start
+	Bytes         Bytes           `json:"bytes"`
+	Autonomy      autonomy.Report `json:"autonomy"`
+	Drill         *DrillStatus    `json:"drill,omitempty"`
 }
 
 // listen opens the socket and the port, so that what is wrong with them is
@@ -102,7 +106,7 @@ func (s *ownServer) listen() error {
 	if s.host, err = host.New(host.Config{Log: s.log}); err != nil {
 		return err
 	}
-	for _, c := range []prometheus.Collector{edgeCollector{s.status}, s.host} {
+	for _, c := range []prometheus.Collector{edgeCollector{s.status}, s.host, s.ready} {
 		if err := s.registry.Register(c); err != nil {
 			return fmt.Errorf("register metrics: %w", err)
 		}
@@ -142,6 +146,7 @@ func (s *ownServer) run(ctx context.Context) error {
 	// The socket's mode is its authentication.
 	local := http.NewServeMux()
 	local.HandleFunc("GET /v1/status", s.serveStatus)
+	s.registerDrill(local)
 	local.Handle("GET /metrics", s.registry.Handler(authenticated))
 	serve(s.socket, local)
 	if s.loopback != nil {
@@ -213,9 +218,11 @@ func sum(classes []uint64) uint64 {
 	return n
 }
 
-func (s *ownServer) serveStatus(w http.ResponseWriter, _ *http.Request) {
+func (s *ownServer) serveStatus(w http.ResponseWriter, r *http.Request) {
+	st := s.status()
+	st.Autonomy, st.Drill = s.ready.monitor.Now(r.Context()), s.ready.drillStatus()
 	w.Header().Set("Content-Type", "application/json")
-	if err := json.NewEncoder(w).Encode(s.status()); err != nil {
+	if err := json.NewEncoder(w).Encode(st); err != nil {
 		s.log.Debug("status not sent", "err", err)
 	}
 }

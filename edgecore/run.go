@@ -52,7 +52,11 @@ the pods running.`,
 			if err != nil {
 				return err
 			}
-			return ended(c.Context(), run(c.Context(), dataDir, cfg, log))
+			err = run(c.Context(), dataDir, cfg, log)
+			if errors.Is(err, errRestart) {
+				return replaceSelf()
+			}
+			return ended(c.Context(), err)
 		},
 	}
 	c.Flags().StringVar(&dataDir, "data-dir", defaultDataDir, "directory of the node's state")
@@ -142,16 +146,18 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 	if err != nil {
 		return err
 	}
-	imageProxy, err := newImages(cfg, kcfg.ImageEndpoint, db, uplink, k, log)
+	ready, err := newReadiness(readinessConfig{
+		dataDir: dataDir, cfg: cfg, id: id, store: db, link: uplink, kubelet: k, endpoint: kcfg.ImageEndpoint, log: log,
+	})
 	if err != nil {
 		return err
 	}
 
-	own := &ownServer{dataDir: dataDir, cfg: cfg, node: node, hub: hub, link: uplink, store: db, started: started, log: log}
+	own := &ownServer{dataDir: dataDir, cfg: cfg, node: node, hub: hub, link: uplink, store: db, ready: ready, started: started, log: log}
 	if err := own.listen(); err != nil {
 		return err
 	}
-	if err := imageProxy.Listen(); err != nil {
+	if err := ready.images.Listen(); err != nil {
 		return err
 	}
 	handler = own.beside(k.Handler)
@@ -160,7 +166,7 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 	// ends with its Run.
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return own.run(ctx) })
-	g.Go(func() error { return imageProxy.Run(ctx) })
+	g.Go(func() error { return ready.run(ctx) })
 	g.Go(func() error {
 		return (&notices{store: db, node: node, inStep: uplink.InStep, log: log}).run(ctx)
 	})
@@ -172,6 +178,9 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 		case <-uplink.FirstSync():
 		case <-ctx.Done():
 			return nil
+		}
+		if err := ready.drill.BeforeKubelet(ctx); err != nil {
+			return err
 		}
 		if err := k.Run(ctx); err != nil {
 			return err

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"k8s.io/apimachinery/pkg/util/duration"
 
+	"github.com/skerry-io/skerry/edgecore/drill"
 	"github.com/skerry-io/skerry/edgecore/identity"
 	"github.com/skerry-io/skerry/edgecore/kubelet"
 	"github.com/skerry-io/skerry/edgecore/link"
@@ -103,7 +104,43 @@ func printStatus(w io.Writer, st Status) {
 	if m := st.StoreMended; m != nil {
 		fmt.Fprintf(w, "disk      the store was DAMAGED and mended %s ago (%s): %d pods, %d objects\n", ago(m.At), m.Cause, m.Pods, m.Objects)
 	}
+	printReadiness(w, st)
 	fmt.Fprintf(w, "bytes     %d written by the store, %d sent and %d received on this tunnel\n", st.StoreWritten, st.TunnelSent, st.TunnelRecv)
+}
+
+// shown is how many findings are printed; -o json has all.
+const shown = 20
+
+func printReadiness(w io.Writer, st Status) {
+	switch r := st.Autonomy; {
+	case r.Ready && len(r.Findings) == 0:
+		fmt.Fprintf(w, "alone     ready: all %d pods would start again without the cloud\n", r.Pods)
+	case r.Ready:
+		fmt.Fprintf(w, "alone     ready: all %d pods would start again without the cloud, with %d warnings\n", r.Pods, r.Warnings())
+	default:
+		fmt.Fprintf(w, "alone     NOT READY: after a restart without the cloud %d things would be missing\n", r.Breaking())
+	}
+	for i, f := range st.Autonomy.Findings {
+		if i == shown {
+			fmt.Fprintf(w, "          and %d more, see -o json\n", len(st.Autonomy.Findings)-shown)
+			break
+		}
+		severity := "warning"
+		if f.Breaks {
+			severity = "missing"
+		}
+		fmt.Fprintf(w, "  %s %s: %s; %s\n", severity, f, f.Reason, f.Remedy)
+	}
+	if d := st.Drill; d != nil {
+		switch {
+		case d.Phase != drill.PhaseDone:
+			fmt.Fprintf(w, "drill     under way since %s; the tunnel is cut on purpose\n", d.Started.Format(time.DateTime))
+		case d.Passed:
+			fmt.Fprintf(w, "drill     passed at %s\n", d.Ended.Format(time.DateTime))
+		default:
+			fmt.Fprintf(w, "drill     failed at %s; see edgecore drill --last\n", d.Ended.Format(time.DateTime))
+		}
+	}
 }
 
 func newCheckCommand() *cobra.Command {

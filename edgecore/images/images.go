@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -37,7 +38,10 @@ type Config struct {
 	// hub is away; zero means 3 s. A dead link swallows packets, and pods that
 	// could run wait for their turn to pull.
 	Patience time.Duration
-	Log      *slog.Logger // nil discards
+	// Changed is called when the runtime's list of images is another than at
+	// the kubelet's last look; nil: nobody wants to know.
+	Changed func()
+	Log     *slog.Logger // nil discards
 }
 
 // Link is the state of the node's way out.
@@ -65,6 +69,7 @@ type Proxy struct {
 	sandbox     string               // the runtime's sandbox image
 	sandboxAt   time.Time            // when it was asked
 	unreachable map[string]time.Time // registries that could not be reached, by host
+	listed      uint64               // sum of the image IDs last listed
 }
 
 const (
@@ -152,7 +157,30 @@ func (p *Proxy) ListImages(ctx context.Context, req *runtimeapi.ListImagesReques
 		return nil, err
 	}
 	p.pin(ctx, resp.Images)
+	if req.GetFilter().GetImage().GetImage() == "" {
+		p.compare(resp.Images)
+	}
 	return resp, nil
+}
+
+// compare tells when the list is not the last one. The kubelet lists twice a
+// minute.
+func (p *Proxy) compare(images []*runtimeapi.Image) {
+	var sum uint64
+	for _, i := range images {
+		for _, name := range append([]string{i.Id}, i.RepoTags...) { // in whatever order they come
+			h := fnv.New64a()
+			io.WriteString(h, name)
+			sum += h.Sum64()
+		}
+	}
+	p.mu.Lock()
+	changed := p.listed != sum
+	p.listed = sum
+	p.mu.Unlock()
+	if changed && p.cfg.Changed != nil {
+		p.cfg.Changed()
+	}
 }
 
 // StreamImages is ListImages piece by piece; not every runtime has it.

@@ -440,6 +440,22 @@ func kubeletPulled(t *testing.T, root, ref, id string, creds *config.ImagePullCr
 	}
 }
 
+func TestAChangeOfTheListIsTold(t *testing.T) {
+	var told atomic.Int32
+	r := newRig(t, func(cfg *Config) { cfg.Changed = func() { told.Add(1) } })
+	list := func(want int32, images ...*runtimeapi.Image) {
+		t.Helper()
+		r.images = images
+		if _, err := r.client.ListImages(t.Context(), &runtimeapi.ListImagesRequest{}); err != nil || told.Load() != want {
+			t.Errorf("told %d times, want %d; %v", told.Load(), want, err)
+		}
+	}
+	list(1, image("a", "a:1"), image("b"))
+	list(1, image("b"), image("a", "a:1"))
+	list(2, image("b"), image("a", "a:2"))
+	list(3, image("a", "a:2"))
+}
+
 func TestTheRestIsTheRuntimes(t *testing.T) {
 	r := newRig(t, nil)
 	r.images = []*runtimeapi.Image{image("here", "docker.io/library/busybox:1")}
