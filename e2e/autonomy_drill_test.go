@@ -88,7 +88,7 @@ func TestDrill(t *testing.T) {
 	pid := n.EdgecorePID()
 	awaitAutonomy(t, n, corev1.ConditionTrue, "every pod would start again")
 
-	const offline = 20 * time.Second
+	const offline = 30 * time.Second
 	report, res := runDrill(t, n, "--offline", offline.String(), "--reboot", "-n", ns)
 	if res.Code != 0 || !report.Passed || report.Problem != "" {
 		t.Fatalf("exit %d: %s\n%s", res.Code, res.Stdout, res.Stderr)

@@ -14,6 +14,9 @@
 // Pods that would not be started again (restartPolicy Never or OnFailure) are
 // left alone. While the drill lasts no registry is asked either.
 //
+// The time offline counts from when the pods have been stopped, for which the
+// runtime has a minute more.
+//
 // A node never stays cut off. The end of the drill is on disk, as time since
 // the machine booted, which no change of the clock moves; whoever started the
 // drill may go away, edgecore may crash and come back, and after a real reboot

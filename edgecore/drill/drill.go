@@ -115,7 +115,9 @@ func (m *Manager) Begin(ctx context.Context, r Request) (State, error) {
 		BootID: bootID, Until: now + r.Offline, Pods: m.pods(r),
 	}
 	if r.Reboot {
-		s.Phase = PhaseReboot
+		// Its time begins when the pods have been stopped; this is the limit of
+		// a process that does not get that far.
+		s.Phase, s.Until = PhaseReboot, s.Until+stopTimeout
 	}
 	if err := save(m.cfg.Path, s); err != nil {
 		return State{}, fmt.Errorf("%w; a drill whose end is not on disk is not begun", err)

@@ -39,7 +39,7 @@ func (m *Manager) BeforeKubelet(ctx context.Context) error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.state.Phase, m.state.Restarted = PhaseWatch, now
+	m.state.Phase, m.state.Restarted, m.state.Until = PhaseWatch, now, now+m.state.Offline
 	if err != nil {
 		m.state.Problem = err.Error()
 		m.log.Error("drill: not all pods were stopped", "err", err)

@@ -491,3 +491,68 @@ func FuzzSandboxImage(f *testing.F) {
 	f.Add(`{"sandboxImage":"registry.k8s.io/pause:3.6"}`)
 	f.Fuzz(func(t *testing.T, config string) { sandboxImageIn(config) })
 }
+
+// BenchmarkListImages is what the kubelet's look at 20 images costs with 30
+// pods: with the proxy, and of the runtime itself.
+func BenchmarkListImages(b *testing.B) {
+	dir := b.TempDir()
+	l, err := net.Listen("unix", filepath.Join(dir, "r"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	runtime := &fakeRuntime{}
+	srv := grpc.NewServer()
+	runtimeapi.RegisterImageServiceServer(srv, runtime)
+	runtimeapi.RegisterRuntimeServiceServer(srv, runtime)
+	go srv.Serve(l)
+	defer srv.Stop()
+	s, err := store.Open(store.Config{Path: filepath.Join(dir, "store.db")})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer s.Close()
+	var d store.Delta
+	for i := range 30 {
+		ref := fmt.Sprintf("registry.example/app-%d:1", i%20)
+		runtime.images = append(runtime.images, image(strings.Repeat(fmt.Sprint(i%10), 64), ref))
+		body, err := json.Marshal(corev1.Pod{Spec: corev1.PodSpec{Containers: containers(ref)}})
+		if err != nil {
+			b.Fatal(err)
+		}
+		d.Upserts = append(d.Upserts, store.Upsert{Key: store.Key{Resource: "pods", Namespace: "ns", Name: fmt.Sprint(i)}, UID: fmt.Sprint(i), Rev: "1", Body: body})
+	}
+	runtime.images = runtime.images[:20]
+	if err := s.ApplyDelta(b.Context(), d); err != nil {
+		b.Fatal(err)
+	}
+	p, err := New(Config{
+		Runtime: "unix://" + l.Addr().String(), Socket: filepath.Join(dir, "p"), Store: s,
+		Link: func() Link { return Link{} }, Access: AccessConfig{RecordsDir: dir},
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := p.Listen(); err != nil {
+		b.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- p.Run(ctx) }()
+	defer func() { cancel(); <-ended }()
+	for name, endpoint := range map[string]string{"proxy": p.Endpoint(), "runtime": "unix://" + l.Addr().String()} {
+		conn, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"))
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer conn.Close()
+		client := runtimeapi.NewImageServiceClient(conn)
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := client.ListImages(b.Context(), &runtimeapi.ListImagesRequest{}); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
