@@ -39,13 +39,14 @@ type Config struct {
 	// Hub is the hub's URL if it is not the one the node joined at.
 	Hub string `json:"hub,omitempty"`
 
-	Node    NodeConfig    `json:"node,omitempty"`
-	Runtime RuntimeConfig `json:"runtime,omitempty"`
-	Kubelet KubeletConfig `json:"kubelet,omitempty"`
-	Images  ImagesConfig  `json:"images,omitempty"`
-	Store   StoreConfig   `json:"store,omitempty"`
-	Metrics MetricsConfig `json:"metrics,omitempty"`
-	Log     LogConfig     `json:"log,omitempty"`
+	Node     NodeConfig     `json:"node,omitempty"`
+	Runtime  RuntimeConfig  `json:"runtime,omitempty"`
+	Kubelet  KubeletConfig  `json:"kubelet,omitempty"`
+	Images   ImagesConfig   `json:"images,omitempty"`
+	LocalAPI LocalAPIConfig `json:"localAPI,omitempty"`
+	Store    StoreConfig    `json:"store,omitempty"`
+	Metrics  MetricsConfig  `json:"metrics,omitempty"`
+	Log      LogConfig      `json:"log,omitempty"`
 }
 
 // NodeConfig is how the node appears in the cluster.
@@ -161,6 +162,7 @@ func (c *Config) complete(dataDir string) {
 	if c.Store.BytesPerDay == "" {
 		c.Store.BytesPerDay = defaultBytesPerDay
 	}
+	c.LocalAPI.complete()
 	if c.Metrics.Listen == "" {
 		c.Metrics.Listen = defaultMetricsListen
 	}

@@ -14,6 +14,9 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	"github.com/skerry-io/skerry/edgecore/kubectl"
+	"github.com/skerry-io/skerry/edgecore/localapi"
 )
 
 // version is stamped by the linker.
@@ -50,6 +53,7 @@ func newCommand() *cobra.Command {
 		newDrillCommand(),
 		newCheckCommand(),
 		newResetCommand(),
+		kubectl.NewCommand(defaultDataDir, localapi.Kubeconfig),
 	)
 	return root
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/skerry-io/skerry/edgecore/identity"
+	"github.com/skerry-io/skerry/edgecore/localapi"
 	"github.com/skerry-io/skerry/edgecore/store"
 )
 
@@ -52,7 +53,7 @@ edgecore must not run.`,
 			if err := identity.Remove(dataDir); err != nil {
 				return err
 			}
-			for _, name := range []string{configFile, issuerFile, metricsToken} {
+			for _, name := range append(localapi.Files(), configFile, issuerFile, metricsToken) {
 				if err := os.Remove(filepath.Join(dataDir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 					return err
 				}

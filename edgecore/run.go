@@ -130,7 +130,13 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 	if err != nil {
 		return err
 	}
-	facade, err := apifacade.New(apifacade.Config{Store: db, NodeName: node, Tokens: source, Log: log})
+	var kubeletAPI func(context.Context) (http.Handler, error) // for local clients
+	local, err := newLocalAPI(dataDir, cfg, node, db, source, uplink,
+		func(ctx context.Context) (http.Handler, error) { return kubeletAPI(ctx) }, log)
+	if err != nil {
+		return err
+	}
+	facade, err := apifacade.New(apifacade.Config{Store: db, NodeName: node, Tokens: source, View: local.KubeletView(), Log: log})
 	if err != nil {
 		return err
 	}
@@ -160,13 +166,17 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 	if err := ready.images.Listen(); err != nil {
 		return err
 	}
-	handler = own.beside(k.Handler)
+	if err := local.Listen(); err != nil {
+		return err
+	}
+	handler, kubeletAPI = own.beside(k.Handler), k.Handler
 
 	// The store outlives everything that uses it, and the kubelet's process
 	// ends with its Run.
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return own.run(ctx) })
 	g.Go(func() error { return ready.run(ctx) })
+	g.Go(func() error { return local.Run(ctx) })
 	g.Go(func() error {
 		return (&notices{store: db, node: node, inStep: uplink.InStep, log: log}).run(ctx)
 	})
