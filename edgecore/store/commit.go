@@ -138,11 +138,13 @@ func (s *Store) persist(b *layer) error {
 		s.wait(b)
 		return nil
 	}
-	c := s.changeOf(b)
-	err := s.heal()
-	if err == nil {
-		err = s.commit(c, pods)
+	if err := s.heal(); err != nil {
+		s.noteDisk(err)
+		s.publish(b, nil, err)
+		return err
 	}
+	c := s.changeOf(b)
+	err := s.commit(c, pods)
 	s.noteDisk(err)
 	s.publish(b, c, err)
 	if err != nil {

@@ -2,11 +2,13 @@ package store
 
 import (
 	"bufio"
+	"context"
+	"flag"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -14,8 +16,90 @@ import (
 	"time"
 )
 
+// kills is how often TestNoAcknowledgedWriteIsLostToSIGKILL kills; for a longer
+// run: go test ./edgecore/store -run SIGKILL -kills 5000 -timeout 2h
+var kills = flag.Int("kills", 200, "how many times to kill a store under churn")
+
+// truth is what the child said before it was killed. A line of intent, with a
+// question mark, goes before what it may or may not have done.
+type truth struct {
+	status  map[string]int    // pod -> highest acknowledged
+	pods    map[string]string // acknowledged, by name: uid
+	leaving map[string]bool   // uids whose end was begun
+	ended   map[string]string // uids whose end was acknowledged: name
+	telling map[string]bool   // uids whose end the cloud may have been told
+	tokens  map[string]bool
+	lines   int
+}
+
+func (tr *truth) take(f []string) {
+	tr.lines++
+	switch f[0] {
+	case "status":
+		n := 0
+		_, _ = fmt.Sscan(f[2], &n)
+		tr.status[f[1]] = max(tr.status[f[1]], n)
+	case "pod":
+		tr.pods[f[1]] = f[2]
+	case "?end":
+		tr.leaving[f[2]] = true
+	case "end":
+		tr.ended[f[2]] = f[1]
+	case "?told":
+		tr.telling[f[1]] = true
+	case "token":
+		tr.tokens[f[1]] = true
+	default:
+		tr.lines--
+	}
+}
+
+// hold checks a reopened store against what was said.
+func (tr *truth) hold(t *testing.T, s *Store, round int) {
+	t.Helper()
+	if s.Mended() != nil {
+		t.Fatalf("round %d: a killed process left damage: %+v", round, s.Mended())
+	}
+	for name, want := range tr.status {
+		o, ok := s.Get(podKey(name))
+		got, _ := at(t, o.Body, "status", "n").(float64)
+		if !ok || int(got) < want {
+			t.Fatalf("round %d: %s is at %v, %d was acknowledged", round, name, got, want)
+		}
+		if want > 0 && !hasEntry(s, podKey(name), OpStatus, o.UID) {
+			t.Fatalf("round %d: the status of %s is not in the outbox", round, name)
+		}
+	}
+	for name, uid := range tr.pods {
+		o, ok := s.Get(podKey(name))
+		switch _, ended := tr.ended[uid]; {
+		case ended && ok:
+			t.Fatalf("round %d: %s is back", round, name)
+		case ended && !tr.telling[uid] && !hasEntry(s, podKey(name), OpDelete, uid):
+			t.Fatalf("round %d: that %s has ended is not in the outbox", round, name)
+		case !ended && !tr.leaving[uid] && (!ok || o.UID != uid):
+			t.Fatalf("round %d: %s is lost", round, name)
+		}
+	}
+	for key := range tr.tokens {
+		if _, ok := s.Private("token", key); !ok {
+			t.Fatalf("round %d: token %s is lost", round, key)
+		}
+	}
+	if c, err := os.Stat(goodPath(s.cfg.Path)); err == nil && c.Size() > 0 {
+		cfg := s.cfg
+		cfg.Path = goodPath(s.cfg.Path)
+		g, err := load(cfg, s.sealer)
+		if err != nil {
+			t.Fatalf("round %d: the good copy is not: %v", round, err)
+		}
+		must(t, g.db.Close())
+	}
+}
+
 // A child process writes and says on its standard output what was acknowledged;
-// it is killed in the middle. Whatever it said must be in the store.
+// it is killed in the middle, again and again. Whatever it said must be in the
+// store, and no kill may look like damage.
 func TestNoAcknowledgedWriteIsLostToSIGKILL(t *testing.T) {
 	if dir := os.Getenv("SKERRY_STORE_CRASH"); dir != "" {
 		writeUntilKilled(t, dir)
@@ -28,55 +112,44 @@ func TestNoAcknowledgedWriteIsLostToSIGKILL(t *testing.T) {
 		upsertPod(t, s, fmt.Sprintf("p%d", i), fmt.Sprintf("u%d", i), "1", "")
 	}
 	must(t, s.Close())
-	acked := map[string]int{}
-	for round := range 6 {
+	tr := &truth{map[string]int{}, map[string]string{}, map[string]bool{}, map[string]string{}, map[string]bool{}, map[string]bool{}, 0}
+	for round := range *kills {
 		cmd := exec.Command(os.Args[0], "-test.run=^TestNoAcknowledgedWriteIsLostToSIGKILL$")
-		cmd.Env = append(os.Environ(), "SKERRY_STORE_CRASH="+dir)
+		cmd.Env = append(os.Environ(), fmt.Sprintf("SKERRY_STORE_CRASH=%s", dir), fmt.Sprintf("SKERRY_STORE_ROUND=%d", round))
 		out, err := cmd.StdoutPipe()
 		must(t, err)
 		must(t, cmd.Start())
-		timer := time.AfterFunc(time.Duration(150+40*round)*time.Millisecond, func() { _ = cmd.Process.Kill() })
+		var timer *time.Timer
 		lines := bufio.NewScanner(out)
-		n := 0
 		for lines.Scan() {
-			f := strings.Fields(lines.Text())
-			if len(f) != 3 || f[0] != "acked" {
-				continue
+			if timer == nil { // from its first word on
+				timer = time.AfterFunc(time.Duration(rand.IntN(120_000))*time.Microsecond, func() { _ = cmd.Process.Kill() })
 			}
-			v, err := strconv.Atoi(f[2])
-			must(t, err)
-			acked[f[1]] = max(acked[f[1]], v)
-			n++
+			if f := strings.Fields(lines.Text()); len(f) > 1 {
+				tr.take(f)
+			}
+		}
+		if err := cmd.Wait(); err == nil || cmd.ProcessState.ExitCode() != -1 {
+			t.Fatalf("round %d: the child ended by itself: %v", round, err)
 		}
 		timer.Stop()
-		if err := cmd.Wait(); err == nil {
-			t.Fatal("the child ended by itself")
+		s, err := Open(cfg)
+		if err != nil {
+			t.Fatalf("round %d: %v", round, err)
 		}
-		s := mustOpen(t, cfg)
-		for name, want := range acked {
-			o, ok := s.Get(podKey(name))
-			got, _ := at(t, o.Body, "status", "n").(float64)
-			if !ok || int(got) < want {
-				t.Fatalf("round %d: %s is at %v, %d was acknowledged", round, name, got, want)
-			}
-			if want > 0 && !hasEntry(s, podKey(name)) {
-				t.Fatalf("round %d: %s is not in the outbox", round, name)
-			}
-		}
+		tr.hold(t, s, round)
 		must(t, s.Close())
-		t.Logf("round %d: %d writes acknowledged before the kill", round, n)
+	}
+	t.Logf("%d kills, %d acknowledgements, %d pods came, %d went", *kills, tr.lines, len(tr.pods), len(tr.ended))
+	if tr.lines < *kills || len(tr.ended) == 0 || len(tr.tokens) == 0 {
+		t.Error("hardly anything was acknowledged between the kills")
 	}
 }
 
-func hasEntry(s *Store, k Key) bool {
+func hasEntry(s *Store, k Key, op Op, uid string) bool {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	for id := range s.outbox.byID {
-		if id.key == k && id.op == OpStatus {
-			return true
-		}
-	}
-	return false
+	return s.outbox.byID[entryID{k, uid, op}] != nil
 }
 
 func writeUntilKilled(t *testing.T, dir string) {
@@ -85,21 +158,61 @@ func writeUntilKilled(t *testing.T, dir string) {
 	var wg sync.WaitGroup
 	var out sync.Mutex
 	var lost atomic.Bool // the parent is gone
-	for i := range 4 {
+	say := func(format string, args ...any) {
+		out.Lock()
+		defer out.Unlock()
+		if _, err := fmt.Printf(format+"\n", args...); err != nil {
+			lost.Store(true)
+		}
+	}
+	for i := range 3 { // the kubelet reports
 		wg.Go(func() {
 			k := podKey(fmt.Sprintf("p%d", i))
 			o, _ := s.Get(k)
 			n, _ := at(t, o.Body, "status", "n").(float64)
 			for v := int(n) + 1; !lost.Load(); v++ {
 				patchStatus(t, s, k, fmt.Sprintf(`{"n":%d}`, v))
-				out.Lock()
-				if _, err := fmt.Printf("acked %s %d\n", k.Name, v); err != nil {
-					lost.Store(true)
-				}
-				out.Unlock()
+				say("status %s %d", k.Name, v)
 			}
 		})
 	}
+	wg.Go(func() { // pods come and go, with a token each
+		for i := 0; !lost.Load(); i++ {
+			name := fmt.Sprintf("c%s-%d", os.Getenv("SKERRY_STORE_ROUND"), i)
+			uid := "u" + name
+			upsertPod(t, s, name, uid, "1", "")
+			say("pod %s %s", name, uid)
+			must(t, s.Local(context.Background(), func(tx *Tx) error { return tx.PutPrivate("token", name, "u0", []byte("t")) }))
+			say("token %s", name)
+			if i%4 != 0 {
+				say("?end %s %s", name, uid)
+				kubeletDelete(t, s, podKey(name))
+				say("end %s %s", name, uid)
+			}
+			kubeletEvent(t, s, name)
+		}
+	})
+	wg.Go(func() { // the cloud hears of ends
+		for !lost.Load() {
+			batch, _, _ := s.outbox.take(time.Now(), LaneState)
+			for _, p := range batch {
+				if p.Op == OpDelete {
+					say("?told %s", p.UID)
+					s.outbox.Done(p.ID)
+				} else {
+					s.outbox.Retry(p.ID)
+				}
+			}
+			time.Sleep(time.Millisecond)
+		}
+	})
+	wg.Go(func() { // copies are made
+		for !lost.Load() {
+			_, _, err := s.copyGood()
+			must(t, err)
+			time.Sleep(20 * time.Millisecond)
+		}
+	})
 	wg.Wait()
 }
 

@@ -61,11 +61,25 @@ func (s *Store) breakOff(err error) {
 	s.healer.Reset(s.healWait)
 }
 
+// inPlace tells whether the database is still the file at its path. One that was
+// removed or replaced, or whose file system was mounted anew, would take writes
+// that nobody finds after a restart.
+func (s *Store) inPlace() bool {
+	if s.db == nil {
+		return false
+	}
+	info, err := os.Stat(s.cfg.Path)
+	return err == nil && os.SameFile(info, s.file)
+}
+
 // heal makes a database whose state is unknown anew from memory, in blocks of
 // its own. It tries at once and then with a wait that doubles.
 func (s *Store) heal() error {
 	if s.broken == nil {
-		return nil
+		if s.inPlace() {
+			return nil
+		}
+		s.breakOff(fmt.Errorf("store %s: %w: the file was removed or replaced", s.cfg.Path, ErrDisk))
 	}
 	if time.Now().Before(s.healAt) {
 		return s.broken
@@ -77,7 +91,7 @@ func (s *Store) heal() error {
 		s.healWait = min(2*s.healWait, maxHeal)
 		return s.broken
 	}
-	s.cfg.Log.Warn("a commit failed halfway; the store was made anew from memory", "store", s.cfg.Path, "error", s.broken)
+	s.cfg.Log.Warn("the store was made anew from memory", "store", s.cfg.Path, "error", s.broken)
 	s.broken = nil
 	return nil
 }
@@ -99,6 +113,7 @@ func (s *Store) remake() error {
 		}
 		s.db = nil
 	}
+	s.ledger.close() // made anew with the next write
 	if err := s.openBolt(); err != nil {
 		return err
 	}
@@ -153,7 +168,11 @@ func (s *Store) reserve() {
 		return
 	}
 	page := int64(s.db.Info().PageSize)
-	if info.Size()-high+int64(s.db.Stats().FreePageN)*page >= reserved {
+	size := info.Size()
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		size = min(size, st.Blocks*512) // holes are no room
+	}
+	if size-high+int64(s.db.Stats().FreePageN)*page >= reserved {
 		return
 	}
 	if err := allocate(s.cfg.Path, high+2*reserved); err != nil {

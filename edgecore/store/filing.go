@@ -40,7 +40,7 @@ func (f filed) settle(done filing) {
 }
 
 // waits tells whether an Event has waited for age and is not on disk as it is
-// now, or (age zero) one is on disk that the cloud has.
+// now, or (age zero) anything is on disk that the cloud has.
 func (o *Outbox) waits(on filed, age time.Duration) bool {
 	o.s.mu.RLock()
 	defer o.s.mu.RUnlock()
@@ -58,7 +58,7 @@ func (o *Outbox) waits(on filed, age time.Duration) bool {
 			return true
 		}
 	}
-	return age == 0 && known < len(on)
+	return age == 0 && (known < len(on) || len(o.acked) > 0)
 }
 
 // file collects what a commit has to change for the disk to hold the Events

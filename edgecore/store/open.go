@@ -157,6 +157,7 @@ func openWith(cfg Config, ledger *ledger, said *ledgerPage, bad error) (*Store, 
 		}
 		s.wear.add(ClassLedger, s.ledger.lastWrite)
 	}
+	s.outbox.boundLocked() // nobody else is here yet
 	s.reserve()
 	s.start()
 	return s, nil
@@ -309,6 +310,9 @@ func (s *Store) openBolt() error {
 			return fmt.Errorf("store %s: open: %w", s.cfg.Path, err)
 		}
 		s.db = db
+		if s.file, err = os.Stat(s.cfg.Path); err != nil {
+			return fmt.Errorf("store %s: open: %w", s.cfg.Path, err)
+		}
 		return nil
 	})
 }

@@ -52,7 +52,8 @@ type Store struct {
 	pods      podSet // of the last commit
 	soon      soon
 	filed     filed
-	broken    error // why nothing may be built on the file as it is
+	file      os.FileInfo // of db
+	broken    error       // why nothing may be built on the file as it is
 	healAt    time.Time
 	healWait  time.Duration
 	reserveAt time.Time
