@@ -326,6 +326,8 @@ func statusOf(err error) metav1.Status {
 		api = apierrors.NewResourceExpired("the resourceVersion is older than the history kept")
 	case errors.Is(err, store.ErrClosed):
 		api = apierrors.NewServiceUnavailable("the node's store is closed")
+	case errors.Is(err, store.ErrDisk): // told by the store itself, once
+		api = apierrors.NewServiceUnavailable(err.Error())
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		api = apierrors.NewTimeoutError("the request was cancelled", 0)
 	default:

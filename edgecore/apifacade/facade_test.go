@@ -6,7 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -437,5 +440,39 @@ func TestRefusals(t *testing.T) {
 				t.Errorf("answered %d %+v, want %d", res.StatusCode, st, tc.want)
 			}
 		})
+	}
+}
+
+// A disk that takes nothing is an API error that says so, and no reason not to
+// read.
+func TestADiskThatTakesNothing(t *testing.T) {
+	dir := t.TempDir()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=2m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) })
+	r := newRig(t, func(sc *store.Config, _ *Config) { sc.Path = filepath.Join(dir, "edge.db") })
+	r.deliver(t, upsert(t, "pods", pod("a", "u1"), "1"))
+	f, err := os.Create(filepath.Join(dir, "filler"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for err = nil; err == nil; {
+		_, err = f.Write(make([]byte, 4096))
+	}
+	_ = f.Close()
+	pods := r.client.CoreV1().Pods("default")
+	patch := func(message string) error {
+		_, err := pods.Patch(t.Context(), "a", types.StrategicMergePatchType, fmt.Appendf(nil, `{"status":{"message":%q}}`, message), metav1.PatchOptions{}, "status")
+		return err
+	}
+	if err := patch(strings.Repeat("x", 1<<20)); !apierrors.IsServiceUnavailable(err) || !strings.Contains(err.Error(), "no space left") {
+		t.Errorf("a status there is no room for: %v", err)
+	}
+	if got, err := pods.Get(t.Context(), "a", metav1.GetOptions{}); err != nil || got.Status.Message != "" {
+		t.Errorf("read: %v", err)
+	}
+	if err := patch("small"); err != nil {
+		t.Errorf("one for which room was set aside: %v", err)
 	}
 }

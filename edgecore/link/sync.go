@@ -181,7 +181,9 @@ func (l *Link) converse(ctx context.Context, st *patient, conn *edgeapi.Conn) er
 	flight := newInFlight(l.cfg.stall)
 	synced := make(chan struct{})
 	g.Go(func() error { return flight.watch(ctx) })
-	g.Go(func() error { return l.receive(ctx, conn, flight, synced) })
+	deltas := make(chan edgeapi.Delta, deltaBacklog)
+	g.Go(func() error { return l.receive(ctx, conn, flight, deltas) })
+	g.Go(func() error { return l.applyDeltas(ctx, st, conn, deltas, synced) })
 	g.Go(func() error {
 		select {
 		case <-synced:
@@ -267,8 +269,8 @@ func (l *Link) goodbye(ctx context.Context, m edgeapi.Goodbye) error {
 	return err
 }
 
-// receive commits deltas and takes results until the stream ends.
-func (l *Link) receive(ctx context.Context, conn *edgeapi.Conn, flight *inFlight, synced chan<- struct{}) error {
+// receive takes what the hub sends until the stream ends.
+func (l *Link) receive(ctx context.Context, conn *edgeapi.Conn, flight *inFlight, deltas chan<- edgeapi.Delta) error {
 	for {
 		m, err := conn.Receive()
 		if err != nil {
@@ -276,21 +278,10 @@ func (l *Link) receive(ctx context.Context, conn *edgeapi.Conn, flight *inFlight
 		}
 		switch m := m.(type) {
 		case edgeapi.Delta:
-			if err := l.cfg.Store.ApplyDelta(ctx, l.delta(m)); err != nil {
-				return fmt.Errorf("store delta %d: %w", m.Seq, err)
-			}
-			if err := conn.Send(edgeapi.Ack{Seq: m.Seq}); err != nil {
-				return fmt.Errorf("acknowledge delta %d: %w", m.Seq, err)
-			}
-			if m.Synced || synced == nil {
-				l.inStep()
-			}
-			if m.Synced && synced != nil {
-				l.returned(ctx)
-				l.syncOnce.Do(func() { close(l.firstSync) })
-				l.assertStatuses(ctx)
-				close(synced)
-				synced = nil
+			select {
+			case deltas <- m:
+			case <-ctx.Done():
+				return ctx.Err()
 			}
 		case edgeapi.WriteResult:
 			op, ok := flight.give(m.ID)
@@ -303,6 +294,72 @@ func (l *Link) receive(ctx context.Context, conn *edgeapi.Conn, flight *inFlight
 		default:
 			return fmt.Errorf("unexpected %T from the hub", m)
 		}
+	}
+}
+
+// deltaBacklog is how many deltas may wait for the disk; the hub sends no more
+// than that without an Ack.
+const deltaBacklog = 8
+
+// applyDeltas commits deltas and acknowledges them.
+func (l *Link) applyDeltas(ctx context.Context, st *patient, conn *edgeapi.Conn, deltas <-chan edgeapi.Delta, synced chan<- struct{}) error {
+	for {
+		var m edgeapi.Delta
+		select {
+		case m = <-deltas:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		if err := l.commit(ctx, st, m, synced == nil); err != nil {
+			return fmt.Errorf("store delta %d: %w", m.Seq, err)
+		}
+		if err := conn.Send(edgeapi.Ack{Seq: m.Seq}); err != nil {
+			return fmt.Errorf("acknowledge delta %d: %w", m.Seq, err)
+		}
+		if m.Synced || synced == nil {
+			l.inStep()
+		}
+		if m.Synced && synced != nil {
+			l.returned(ctx)
+			l.syncOnce.Do(func() { close(l.firstSync) })
+			l.assertStatuses(ctx)
+			close(synced)
+			synced = nil
+		}
+	}
+}
+
+const (
+	minDiskWait = time.Second
+	maxDiskWait = 30 * time.Second
+)
+
+// commit commits a delta. While the disk takes nothing it waits: the tunnel is
+// worth most to those who come to make room.
+func (l *Link) commit(ctx context.Context, st *patient, m edgeapi.Delta, synced bool) error {
+	wait := minDiskWait
+	waited := false
+	for {
+		err := l.cfg.Store.ApplyDelta(ctx, l.delta(m))
+		switch {
+		case err == nil && waited && !m.Synced && !synced:
+			return st.expect("its differences", l.cfg.stall)
+		case !errors.Is(err, store.ErrDisk):
+			return err
+		}
+		l.setError(err)
+		if err := st.expect("", 0); err != nil { // it is not the hub that keeps us waiting
+			return err
+		}
+		waited = true
+		t := time.NewTimer(wait)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return ctx.Err()
+		}
+		wait = min(2*wait, maxDiskWait)
 	}
 }
 
