@@ -77,7 +77,10 @@ type conversation struct {
 	needed  map[edgeapi.Ref]int           // how many objects refer to it
 	seq     uint64
 	unacked int
-	fresh   *corev1.Node // read from the API server, if newer than the informer's
+	// complete says that the delta was sent with which the node's set is
+	// complete; inStep, that it and all since are acknowledged.
+	complete, inStep bool
+	fresh            *corev1.Node // read from the API server, if newer than the informer's
 }
 
 type have struct{ uid, rev string }
@@ -197,9 +200,13 @@ func (c *conversation) greet() error {
 			break
 		}
 	}
-	return c.conn.Send(edgeapi.Welcome{
+	err = c.conn.Send(edgeapi.Welcome{
 		Version: hello.Version, Agent: c.f.agent, NodeName: c.node, Now: time.Now(),
 	})
+	if err == nil {
+		c.f.watch.Greeted(c.node, hello)
+	}
+	return err
 }
 
 func (c *conversation) mark(ref edgeapi.Ref) {
@@ -236,6 +243,7 @@ func (c *conversation) read(ctx context.Context, states, events chan<- edgeapi.W
 				return ctx.Err()
 			}
 		case edgeapi.Write:
+			c.f.watch.Wrote(c.node)
 			queue := states
 			if m.Op == edgeapi.OpEvent {
 				queue = events
@@ -578,6 +586,11 @@ func (c *conversation) sendDelta(ctx context.Context, d edgeapi.Delta) error {
 			}
 		}
 	}
+	if c.inStep {
+		c.inStep = false
+		c.f.watch.InStep(c.node, false)
+	}
+	c.complete = c.complete || d.Synced
 	c.seq++
 	c.unacked++
 	d.Seq = c.seq
@@ -597,5 +610,9 @@ func (c *conversation) acked(seq uint64) error {
 		return fmt.Errorf("node %s acknowledged delta %d of %d", c.node, seq, c.seq)
 	}
 	c.unacked = int(c.seq - seq)
+	if c.unacked == 0 && c.complete && !c.inStep {
+		c.inStep = true
+		c.f.watch.InStep(c.node, true)
+	}
 	return nil
 }

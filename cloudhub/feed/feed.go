@@ -56,6 +56,24 @@ type Config struct {
 	Log    *slog.Logger // nil discards
 }
 
+// Observer is told how conversations go. It must not block. See
+// presence.Presence.
+type Observer interface {
+	// Greeted gives the first words of a node. Nothing is told of the node
+	// before, and of one node nothing by two conversations at once.
+	Greeted(node string, h edgeapi.Hello)
+	// InStep tells whether the node has acknowledged its whole set.
+	InStep(node string, yes bool)
+	// Wrote tells that a write of the node came.
+	Wrote(node string)
+}
+
+type nobody struct{}
+
+func (nobody) Greeted(string, edgeapi.Hello) {}
+func (nobody) InStep(string, bool)           {}
+func (nobody) Wrote(string)                  {}
+
 // Writer does at the API server what a node wrote.
 type Writer interface {
 	Write(ctx context.Context, node string, w edgeapi.Write) edgeapi.WriteResult
@@ -65,6 +83,7 @@ type Writer interface {
 type Feed struct {
 	client kubernetes.Interface
 	agent  string
+	watch  Observer
 	log    *slog.Logger
 
 	// Immutable after New.
@@ -104,7 +123,8 @@ type source struct {
 	informer cache.SharedIndexInformer
 }
 
-const byNode = "node"
+// ByNode is the index of the pods' informer by the Node they are bound to.
+const ByNode = "node"
 
 // New makes a Feed; Run starts it.
 func New(cfg Config) (*Feed, error) {
@@ -118,6 +138,7 @@ func New(cfg Config) (*Feed, error) {
 		client:    cfg.Client,
 		askIssuer: cfg.Issuer,
 		agent:     cfg.Agent,
+		watch:     nobody{},
 		log:       cfg.Log,
 		ready:     make(chan struct{}),
 		byName:    map[string]*source{},
@@ -162,7 +183,7 @@ func New(cfg Config) (*Feed, error) {
 	}
 	f.add("serviceaccounts", "ServiceAccount", "v1", onDemand, all.Core().V1().ServiceAccounts().Informer())
 	pods := f.add("pods", "Pod", "v1", boundNode, bound.Core().V1().Pods().Informer())
-	if err := pods.informer.AddIndexers(cache.Indexers{byNode: func(obj any) ([]string, error) {
+	if err := pods.informer.AddIndexers(cache.Indexers{ByNode: func(obj any) ([]string, error) {
 		return []string{obj.(*corev1.Pod).Spec.NodeName}, nil
 	}}); err != nil {
 		return nil, fmt.Errorf("feed: index pods by node: %w", err)
@@ -179,6 +200,10 @@ func (f *Feed) add(resource, kind, version string, sc scope, informer cache.Shar
 	f.byName[resource] = s
 	return s
 }
+
+// Observe has o told of all conversations. It is to be called before Run: who
+// observes may need the feed's informers first.
+func (f *Feed) Observe(o Observer) { f.watch = o }
 
 // Run watches the cluster until ctx ends.
 func (f *Feed) Run(ctx context.Context) error {
@@ -221,6 +246,13 @@ func (f *Feed) Run(ctx context.Context) error {
 // Ready is closed once every informer holds a complete list. No node is served
 // before: a partial set would delete what is missing from it.
 func (f *Feed) Ready() <-chan struct{} { return f.ready }
+
+// Pods is the informer of all pods that are bound to a node, for others to share:
+// a second one would hold every pod twice.
+func (f *Feed) Pods() cache.SharedIndexInformer { return f.byName["pods"].informer }
+
+// Nodes is the informer of all Nodes, likewise.
+func (f *Feed) Nodes() cache.SharedIndexInformer { return f.byName["nodes"].informer }
 
 // Stats of a Feed since its start.
 type Stats struct {
@@ -319,7 +351,7 @@ func (f *Feed) initial(node string) ([]edgeapi.Ref, error) {
 				refs = append(refs, refTo(s.resource, obj))
 			}
 		case boundNode:
-			objs, err := s.indexer.ByIndex(byNode, node)
+			objs, err := s.indexer.ByIndex(ByNode, node)
 			if err != nil {
 				return nil, fmt.Errorf("list pods of node %s: %w", node, err)
 			}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -47,6 +48,11 @@ func start(t *testing.T, objs ...any) (*fake.Clientset, *Feed) {
 
 func startWith(t *testing.T, cfg Config, objs ...any) (*fake.Clientset, *Feed) {
 	t.Helper()
+	return startObserved(t, cfg, nil, objs...)
+}
+
+func startObserved(t *testing.T, cfg Config, o Observer, objs ...any) (*fake.Clientset, *Feed) {
+	t.Helper()
 	client := fake.NewClientset()
 	for _, o := range objs {
 		create(t, client, o)
@@ -55,6 +61,9 @@ func startWith(t *testing.T, cfg Config, objs ...any) (*fake.Clientset, *Feed) {
 	f, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if o != nil {
+		f.Observe(o)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -123,7 +132,7 @@ func connect(t *testing.T, f *Feed, node string, have map[edgeapi.Ref]edgeapi.Up
 	if err := mine.SetDeadline(deadline); err != nil {
 		t.Fatal(err)
 	}
-	e.send(edgeapi.Hello{Version: edgeapi.Version, Agent: "test"})
+	e.send(edgeapi.Hello{Version: edgeapi.Version, Agent: "test", Outbox: 3})
 	inv := edgeapi.Inventory{Last: true}
 	for ref, u := range e.have {
 		inv.Items = append(inv.Items, edgeapi.Item{Ref: ref, UID: u.UID, Rev: u.Rev})
@@ -392,6 +401,61 @@ func TestWritesAreAnsweredInOrder(t *testing.T) {
 			t.Fatalf("got %+v", r)
 		}
 	}
+}
+
+// observer writes down what it is told.
+type observer chan string
+
+func (o observer) Greeted(node string, h edgeapi.Hello) {
+	o <- fmt.Sprintf("greeted %s, %d waiting", node, h.Outbox)
+}
+func (o observer) InStep(node string, yes bool) { o <- fmt.Sprintf("in step %s %t", node, yes) }
+func (o observer) Wrote(node string)            { o <- "wrote " + node }
+
+func TestTheObserverIsTold(t *testing.T) {
+	told := make(observer, 100)
+	client, f := startObserved(t, Config{}, told, world()...)
+	e := connect(t, f, "edge-1", nil)
+	next := func(want string) {
+		t.Helper()
+		select {
+		case got := <-told:
+			if got != want {
+				t.Errorf("told %q, want %q", got, want)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatalf("not told %q", want)
+		}
+	}
+	quiet := func(when string) {
+		t.Helper()
+		select {
+		case got := <-told:
+			t.Errorf("%s: told %q", when, got)
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+	next("greeted edge-1, 3 waiting")
+	var d edgeapi.Delta
+	for !d.Synced {
+		d = e.receive().(edgeapi.Delta)
+	}
+	quiet("before the acknowledgement")
+	e.send(edgeapi.Ack{Seq: d.Seq})
+	next("in step edge-1 true")
+
+	create(t, client, pod("x", "edge-1", "p7"))
+	d = e.receive().(edgeapi.Delta)
+	next("in step edge-1 false")
+	create(t, client, pod("y", "edge-1", "p8"))
+	d2 := e.receive().(edgeapi.Delta)
+	e.send(edgeapi.Ack{Seq: d.Seq})
+	quiet("with one of two deltas acknowledged")
+	e.send(edgeapi.Ack{Seq: d2.Seq})
+	next("in step edge-1 true")
+
+	e.send(edgeapi.Write{ID: 1, Op: edgeapi.OpEvent, Ref: edgeapi.Ref{Resource: "events", Namespace: "shop", Name: "e"}})
+	next("wrote edge-1")
 }
 
 func TestUnacknowledgedDeltasAreBounded(t *testing.T) {
