@@ -6,6 +6,8 @@ import (
 
 	"github.com/spf13/pflag"
 	"sigs.k8s.io/yaml"
+
+	"github.com/skerry-io/skerry/cloudhub/tolerations"
 )
 
 const (
@@ -36,6 +38,11 @@ type Config struct {
 	// VirtualCIDR is what nodes' InternalIPs are taken from. Default
 	// 100.64.0.0/16.
 	VirtualCIDR string `json:"virtualCIDR,omitempty"`
+
+	// DefaultTolerationSeconds is how long a pod stays on a node that is silent
+	// when neither it nor the node is kept: what admission gives pods that say
+	// nothing themselves. The API server of "standalone" gives this. Default 300.
+	DefaultTolerationSeconds int64 `json:"defaultTolerationSeconds,omitempty"`
 
 	// APIServerListen is the API server's address. Default ":6443".
 	APIServerListen string `json:"apiserverListen,omitempty"`
@@ -69,6 +76,8 @@ func defaultConfig() Config {
 		Listen:          ":10443",
 		APIServerListen: ":6443",
 		Log:             LogConfig{Level: "info", Format: "text"},
+
+		DefaultTolerationSeconds: tolerations.DefaultSeconds,
 	}
 }
 
@@ -80,6 +89,7 @@ func (c *Config) bind(fs *pflag.FlagSet) {
 	fs.StringVar(&c.PublicURL, "public-url", c.PublicURL, "how edge nodes reach --listen, for join commands (default: made from the server names)")
 	fs.StringSliceVar(&c.ServerNames, "server-names", c.ServerNames, "DNS names and IPs in the hub's certificate (default: this host's)")
 	fs.StringVar(&c.VirtualCIDR, "virtual-cidr", c.VirtualCIDR, "range of the nodes' InternalIPs (default 100.64.0.0/16)")
+	fs.Int64Var(&c.DefaultTolerationSeconds, "default-toleration-seconds", c.DefaultTolerationSeconds, "how long pods that are not kept stay on a silent node")
 	fs.StringVar(&c.APIServerListen, "apiserver-listen", c.APIServerListen, "address of the API server")
 	fs.StringVar(&c.AdvertiseAddress, "advertise-address", c.AdvertiseAddress, "IP of the API server for others")
 	fs.StringVar(&c.ServiceCIDR, "service-cidr", c.ServiceCIDR, "range of service addresses (default 10.96.0.0/16)")

@@ -15,12 +15,6 @@ import (
 	scheduleroptions "k8s.io/kubernetes/cmd/kube-scheduler/app/options"
 )
 
-// forever is the toleration given to pods for a node that does not answer: an
-// edge node that is cut off keeps its pods, and the Node still says NotReady.
-// A pod may ask for less. In seconds; a hundred years stay within a
-// time.Duration.
-const forever = 100 * 365 * 24 * 3600
-
 // ownFlags are set from Config; a second opinion would split the plane.
 var ownFlags = map[string]string{
 	"bind-address":             "the API server's listen address",
@@ -113,8 +107,8 @@ func (p *Plane) apiServerFlags(etcd []string, n names) []string {
 		"--service-account-key-file=" + pki("sa.pub"),
 		"--service-account-signing-key-file=" + pki("sa.key"),
 
-		"--default-not-ready-toleration-seconds=" + strconv.FormatInt(forever, 10),
-		"--default-unreachable-toleration-seconds=" + strconv.FormatInt(forever, 10),
+		"--default-not-ready-toleration-seconds=" + strconv.FormatInt(p.cfg.DefaultTolerationSeconds, 10),
+		"--default-unreachable-toleration-seconds=" + strconv.FormatInt(p.cfg.DefaultTolerationSeconds, 10),
 	}
 	if n.advertise != nil {
 		flags = append(flags, "--advertise-address="+n.advertise.String())

@@ -62,7 +62,7 @@ func TestHubIdentity(t *testing.T) {
 				got[toleration.Key] = *toleration.TolerationSeconds
 			}
 		}
-		if got["node.kubernetes.io/unreachable"] != forever || got["node.kubernetes.io/not-ready"] != 42 {
+		if got["node.kubernetes.io/unreachable"] != 300 || got["node.kubernetes.io/not-ready"] != 42 {
 			t.Errorf("tolerations %v", got)
 		}
 	})

@@ -25,6 +25,9 @@ const (
 	defaultListen      = ":6443"
 	defaultServiceCIDR = "10.96.0.0/16"
 
+	// defaultTolerationSeconds is Kubernetes' own.
+	defaultTolerationSeconds = 300
+
 	// renewEvery is how often a running plane looks at its certificates. They
 	// are replaced 30 days before they end, so a day late does not matter.
 	renewEvery = 24 * time.Hour
@@ -58,6 +61,9 @@ type Config struct {
 	// node's InternalIP and kubelet port, "100.64.0.7:10250". An error's text
 	// is what the user of kubectl logs or exec reads. Required.
 	DialNode func(ctx context.Context, network, addr string) (net.Conn, error)
+	// DefaultTolerationSeconds is how long a pod that does not say otherwise is
+	// left on a node that is not ready or not reachable; zero means 300.
+	DefaultTolerationSeconds int64
 	// Install adds API groups served by this process, before the API server
 	// starts; nil adds none.
 	Install func(Extension) error
@@ -113,6 +119,12 @@ func New(cfg Config) (*Plane, error) {
 	}
 	if cfg.ServiceCIDR == "" {
 		cfg.ServiceCIDR = defaultServiceCIDR
+	}
+	if cfg.DefaultTolerationSeconds == 0 {
+		cfg.DefaultTolerationSeconds = defaultTolerationSeconds
+	}
+	if cfg.DefaultTolerationSeconds < 0 {
+		return nil, fmt.Errorf("control plane: default toleration of %d seconds: it must not be negative", cfg.DefaultTolerationSeconds)
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
