@@ -7,8 +7,8 @@
 //
 // The package never reads or writes Kubernetes objects other than the Lease
 // that stands for a node's heartbeat: objects go down through cloudhub/feed and
-// up through cloudhub/upstream. It never renews the Lease of a silent node: the
-// cluster shall see the truth.
+// up through cloudhub/upstream. It never renews the Lease of a silent node, be
+// its tunnel up or not: the cluster shall see the truth.
 package edges
 
 import (
@@ -28,6 +28,7 @@ import (
 
 	"github.com/skerry-io/skerry/cloudhub/enroll"
 	"github.com/skerry-io/skerry/cloudhub/feed"
+	"github.com/skerry-io/skerry/cloudhub/presence"
 	"github.com/skerry-io/skerry/tunnel"
 	"github.com/skerry-io/skerry/tunnel/edgeapi"
 )
@@ -56,11 +57,21 @@ type Upstream interface {
 	Relay(ctx context.Context, node string, conns net.Listener) error
 }
 
+// Presence is told of nodes that go away, and of silent ones that are heard
+// again. It must not block. See presence.Presence.
+type Presence interface {
+	Away(node string, a presence.Absence)
+	Heard(node string)
+	// LastSync is when the node was last in step, zero if that is not known.
+	LastSync(node string, heard time.Time) time.Time
+}
+
 // Config of Edges. All but Tunnel, Clock and Log are required.
 type Config struct {
 	Registry Registry
 	Feed     Syncer
 	Upstream Upstream
+	Presence Presence
 	Client   kubernetes.Interface // for Leases
 	Tunnel   tunnel.Config
 	Clock    func() time.Time // nil means time.Now
@@ -92,8 +103,10 @@ type edge struct {
 	session    *tunnel.Session
 	remote     string
 	since      time.Time
-	cancel     context.CancelCauseFunc // with an ending, which the node is told
-	done       chan struct{}           // closed once nothing is done for this tunnel any more
+	pulse      func() (heard time.Time, within time.Duration) // when it was heard, and how soon it promised to be again
+	silent     bool                                           // it broke that promise; guarded by Edges.mu
+	cancel     context.CancelCauseFunc                        // with an ending, which the node is told
+	done       chan struct{}                                  // closed once nothing is done for this tunnel any more
 }
 
 // ending is why the hub ends a tunnel.
@@ -108,8 +121,8 @@ var stopping = ending{tunnel.CloseDrain, "the hub is stopping"}
 
 // New checks cfg; it starts nothing.
 func New(cfg Config) (*Edges, error) {
-	if cfg.Registry == nil || cfg.Feed == nil || cfg.Upstream == nil || cfg.Client == nil {
-		return nil, errors.New("edges: Registry, Feed, Upstream and Client are required")
+	if cfg.Registry == nil || cfg.Feed == nil || cfg.Upstream == nil || cfg.Presence == nil || cfg.Client == nil {
+		return nil, errors.New("edges: Registry, Feed, Upstream, Presence and Client are required")
 	}
 	if cfg.Clock == nil {
 		cfg.Clock = time.Now
@@ -167,7 +180,11 @@ func (e *Edges) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return // Upgrade has answered
 	}
 	ctx, cancel := context.WithCancelCause(e.ctx)
-	n := &edge{name: rec.Name, enrollment: rec.Enrollment, session: session, remote: r.RemoteAddr, since: e.now(), cancel: cancel, done: make(chan struct{})}
+	n := &edge{name: rec.Name, enrollment: rec.Enrollment, session: session, remote: r.RemoteAddr, since: e.now(), cancel: cancel, done: make(chan struct{}),
+		pulse: func() (time.Time, time.Duration) {
+			st := session.Stats()
+			return st.LastHeard, st.PingInterval
+		}}
 	old, ok := e.connect(n)
 	if !ok {
 		cancel(stopping)
@@ -187,7 +204,7 @@ func (e *Edges) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			<-old.done // a write of the older tunnel must not land after one of this
 		}
 		err := e.serve(ctx, n)
-		e.disconnect(n, err)
+		e.disconnect(n, absence(ctx, n.session.Err(), err))
 	}()
 }
 
@@ -209,10 +226,9 @@ func (e *Edges) connect(n *edge) (old *edge, ok bool) {
 	return old, true
 }
 
-func (e *Edges) disconnect(n *edge, err error) {
-	heard := n.session.Stats().LastHeard
-	if heard.IsZero() {
-		heard = n.since
+func (e *Edges) disconnect(n *edge, a presence.Absence) {
+	if a.Heard, _ = n.pulse(); a.Heard.IsZero() {
+		a.Heard = n.since
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -220,9 +236,36 @@ func (e *Edges) disconnect(n *edge, err error) {
 		return // replaced: the node is not away
 	}
 	delete(e.nodes, n.name)
-	e.lastSeen[n.name] = heard
+	e.lastSeen[n.name] = a.Heard
+	e.cfg.Presence.Away(n.name, a)
 	e.log.Info("node disconnected", "node", n.name, "remote", n.remote,
-		"after", e.now().Sub(n.since).Round(time.Millisecond), "reason", err)
+		"after", e.now().Sub(n.since).Round(time.Millisecond), "reason", a.Message)
+}
+
+// absence tells why a tunnel ended: the hub ended it, which ctx tells; or else
+// its session did; or else serving it failed, and the hub closed the session.
+func absence(ctx context.Context, ended, served error) presence.Absence {
+	a := presence.Absence{Reason: presence.ReasonBroken}
+	var hub ending
+	var closed *tunnel.CloseError
+	switch {
+	case errors.As(context.Cause(ctx), &hub):
+		a.Message = hub.reason
+		if hub.code == tunnel.CloseRevoked {
+			a.Reason = presence.ReasonEnrolment
+		}
+		return a
+	case errors.As(ended, &closed) && closed.Remote:
+		a.Reason = presence.ReasonClosed
+	case errors.As(ended, &closed) && closed.Code == tunnel.CloseDead:
+		a.Reason = presence.ReasonSilent
+	case errors.As(ended, &closed) && closed.Code == tunnel.CloseNormal && served != nil:
+		ended = served
+	}
+	if ended != nil {
+		a.Message = ended.Error()
+	}
+	return a
 }
 
 // serve takes the streams of one tunnel until it ends.

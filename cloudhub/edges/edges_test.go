@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -113,6 +114,56 @@ func TestCut(t *testing.T) {
 		t.Errorf("told %v", ce)
 	}
 	r.await("gone", func() bool { return len(r.Nodes()) == 0 })
+	if got := r.told.all(); !slices.Equal(got, []string{"away edge-1 EnrolmentEnded"}) || r.told.last["edge-1"].Message != "this node was forgotten" {
+		t.Errorf("told of %q, %+v", got, r.told.last)
+	}
+}
+
+// TestHowANodeWent goes through the ends of a tunnel that are not the hub's wish.
+func TestHowANodeWent(t *testing.T) {
+	r := newRig(t)
+	var wire net.Conn
+	for _, tc := range []struct {
+		name, want, message string
+		end                 func(s *tunnel.Session)
+	}{
+		{"stops", "TunnelClosed", "edgecore stops", func(s *tunnel.Session) { s.CloseWith(tunnel.CloseNormal, "edgecore stops") }},
+		{"breaks", "TunnelBroken", "lost on read", func(*tunnel.Session) { wire.Close() }},
+		{"fails", "TunnelBroken", "a sync that cannot be", func(s *tunnel.Session) {
+			r.openSync(s)
+			<-r.sync.began
+			r.sync.fail <- errors.New("a sync that cannot be")
+		}},
+	} {
+		before := time.Now()
+		d := r.dialer(tc.name, "1")
+		d.NetDial = func(ctx context.Context, network, addr string) (c net.Conn, err error) {
+			wire, err = (&net.Dialer{}).DialContext(ctx, network, addr)
+			return wire, err
+		}
+		s, err := d.Dial(t.Context())
+		must(t, err)
+		t.Cleanup(func() { s.Close() })
+		r.await("connected", func() bool { return len(r.Nodes()) == 1 })
+		connected := time.Now()
+		tc.end(s)
+		r.await("gone", func() bool { return len(r.Nodes()) == 0 })
+		r.told.mu.Lock()
+		a := r.told.last[tc.name]
+		r.told.mu.Unlock()
+		if a.Reason != tc.want || !strings.Contains(a.Message, tc.message) {
+			t.Errorf("%s: %+v, want %s with %q", tc.name, a, tc.want, tc.message)
+		}
+		if a.Heard.Before(before) || a.Heard.After(connected.Add(soon)) {
+			t.Errorf("%s: heard %v, connected between %v and %v", tc.name, a.Heard, before, connected)
+		}
+	}
+	// A tunnel that takes another's place is no absence.
+	r.connect("moves")
+	r.connect("moves")
+	if got := r.told.all(); len(got) != 3 {
+		t.Errorf("told of %q", got)
+	}
 }
 
 // A node ends a tunnel whose sync stream has gone. If it saw that first, it
@@ -190,7 +241,7 @@ func TestWhoIsNotLetIn(t *testing.T) {
 }
 
 func TestBeforeRunTheHubIsStarting(t *testing.T) {
-	e, err := New(Config{Registry: &registry{}, Feed: &syncer{}, Upstream: &relay{}, Client: newRig(t).client})
+	e, err := New(Config{Registry: &registry{}, Feed: &syncer{}, Upstream: &relay{}, Presence: &presences{}, Client: newRig(t).client})
 	must(t, err)
 	rec := &recorder{header: http.Header{}}
 	e.ServeHTTP(rec, &http.Request{})

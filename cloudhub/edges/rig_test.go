@@ -17,6 +17,7 @@ import (
 	"net/netip"
 	"net/url"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -26,6 +27,7 @@ import (
 
 	"github.com/skerry-io/skerry/cloudhub/enroll"
 	"github.com/skerry-io/skerry/cloudhub/feed"
+	"github.com/skerry-io/skerry/cloudhub/presence"
 	"github.com/skerry-io/skerry/tunnel"
 	"github.com/skerry-io/skerry/tunnel/edgeapi"
 )
@@ -135,6 +137,38 @@ func (r *relay) Relay(ctx context.Context, node string, conns net.Listener) erro
 	return nil
 }
 
+// presences keeps what it is told.
+type presences struct {
+	mu     sync.Mutex
+	told   []string                    // "away NAME REASON" and "heard NAME"
+	last   map[string]presence.Absence // by name
+	synced time.Time
+}
+
+func (p *presences) Away(node string, a presence.Absence) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.told = append(p.told, "away "+node+" "+a.Reason)
+	if p.last == nil {
+		p.last = map[string]presence.Absence{}
+	}
+	p.last[node] = a
+}
+
+func (p *presences) Heard(node string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.told = append(p.told, "heard "+node)
+}
+
+func (p *presences) LastSync(string, time.Time) time.Time { return p.synced }
+
+func (p *presences) all() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.told)
+}
+
 // rig is a hub with TLS 1.3 on loopback.
 type rig struct {
 	*Edges
@@ -142,6 +176,7 @@ type rig struct {
 	url      string
 	registry *registry
 	sync     *syncer
+	told     *presences
 	client   *fake.Clientset
 	pool     *x509.CertPool // of the hub
 	own      tls.Certificate
@@ -154,9 +189,10 @@ func newRig(t *testing.T, change ...func(*Config)) *rig {
 	r := &rig{
 		t: t, registry: &registry{refused: map[string]error{}, revoked: map[string]bool{}},
 		sync:   &syncer{began: make(chan string, 64), fail: make(chan error, 1)},
+		told:   &presences{},
 		client: fake.NewClientset(),
 	}
-	cfg := Config{Registry: r.registry, Feed: r.sync, Upstream: &relay{}, Client: r.client}
+	cfg := Config{Registry: r.registry, Feed: r.sync, Upstream: &relay{}, Presence: r.told, Client: r.client}
 	for _, c := range change {
 		c(&cfg)
 	}

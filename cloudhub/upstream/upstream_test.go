@@ -101,7 +101,10 @@ func register(t *testing.T, name string) {
 	n := &corev1.Node{
 		ObjectMeta: metav1.ObjectMeta{Name: name, UID: "made-on-the-edge", ResourceVersion: "12",
 			Labels: map[string]string{"kubernetes.io/hostname": name, "kubernetes.io/os": "linux"}},
-		Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "192.168.1.5"}}},
+		Status: corev1.NodeStatus{
+			Addresses:  []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "192.168.1.5"}},
+			Conditions: []corev1.NodeCondition{{Type: edgeapi.ConditionConnected, Status: corev1.ConditionFalse}}, // of its own copy
+		},
 	}
 	want(t, write(t, name, edgeapi.OpCreate, "nodes", "", name, "", n), 200)
 }
@@ -174,6 +177,33 @@ func TestNodeStatusIsMergedAndPointsAtTheHub(t *testing.T) {
 	want(t, write(t, "edge-1", edgeapi.OpStatus, "nodes", "", "edge-1", "", mine), 200)
 	if cluster.up.Stats().Skipped != skipped+1 {
 		t.Error("an unchanged status was patched")
+	}
+
+	// Whether the node is connected is the hub's to say.
+	at := metav1.NewTime(time.Date(2026, 11, 24, 13, 0, 5, 0, time.UTC))
+	connected := corev1.NodeCondition{Type: edgeapi.ConditionConnected, Status: corev1.ConditionTrue, Reason: "TunnelUp", LastTransitionTime: at}
+	if err := cluster.up.SetNodeCondition(ctx, "edge-1", n.UID, connected); err != nil {
+		t.Fatal(err)
+	}
+	if err := cluster.up.SetNodeCondition(ctx, "edge-1", "of a Node that was", connected); !apierrors.IsInvalid(err) {
+		t.Errorf("condition of another Node of that name: %v", err)
+	}
+	mine.Status.Conditions = append(mine.Status.Conditions,
+		corev1.NodeCondition{Type: edgeapi.ConditionConnected, Status: corev1.ConditionFalse, Reason: "local view"},
+		corev1.NodeCondition{Type: edgeapi.ConditionAutonomyReady, Status: corev1.ConditionTrue})
+	want(t, write(t, "edge-1", edgeapi.OpStatus, "nodes", "", "edge-1", "", mine), 200)
+	if got, err = cluster.admin.CoreV1().Nodes().Get(ctx, "edge-1", metav1.GetOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	have := map[corev1.NodeConditionType]corev1.NodeCondition{}
+	for _, c := range got.Status.Conditions {
+		have[c.Type] = c
+	}
+	if c := have[edgeapi.ConditionConnected]; c.Status != corev1.ConditionTrue || c.Reason != "TunnelUp" || !c.LastTransitionTime.Equal(&at) {
+		t.Errorf("the node's word on whether it is connected went up: %+v", c)
+	}
+	if have[edgeapi.ConditionAutonomyReady].Status != corev1.ConditionTrue || len(have) != 4 {
+		t.Errorf("conditions: %+v", got.Status.Conditions)
 	}
 
 	w := edgeapi.Write{ID: 7, Op: edgeapi.OpUpdate, Ref: edgeapi.Ref{Resource: "nodes", Name: "edge-1"},

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
@@ -140,9 +141,10 @@ func (u *Upstream) mergeNode(ctx context.Context, node string, w edgeapi.Write, 
 
 func mergeNodeStatus(cloud, node corev1.NodeStatus) corev1.NodeStatus {
 	out := *node.DeepCopy()
+	out.Conditions = withoutConnected(out.Conditions)
 	for _, c := range cloud.Conditions {
 		mine := false
-		for _, n := range node.Conditions {
+		for _, n := range out.Conditions {
 			mine = mine || n.Type == c.Type
 		}
 		if !mine {
@@ -152,6 +154,26 @@ func mergeNodeStatus(cloud, node corev1.NodeStatus) corev1.NodeStatus {
 	out.VolumesAttached = cloud.VolumesAttached // the attach-detach controller's
 	out.Phase = cloud.Phase
 	return out
+}
+
+// withoutConnected leaves out what the hub says in the cloud, and the node on
+// its own copy: the node's view does not go up.
+func withoutConnected(all []corev1.NodeCondition) []corev1.NodeCondition {
+	return slices.DeleteFunc(all, func(c corev1.NodeCondition) bool { return c.Type == edgeapi.ConditionConnected })
+}
+
+// SetNodeCondition sets one condition of a Node. It is done as that node, who
+// may: the hub needs no right of its own to Nodes.
+func (u *Upstream) SetNodeCondition(ctx context.Context, node string, uid types.UID, c corev1.NodeCondition) error {
+	patch, err := json.Marshal(map[string]any{
+		"metadata": map[string]any{"uid": uid},
+		"status":   map[string]any{"conditions": []corev1.NodeCondition{c}},
+	})
+	if err != nil {
+		return err
+	}
+	_, err = u.client.CoreV1().Nodes().Patch(withNode(ctx, node), node, types.StrategicMergePatchType, patch, metav1.PatchOptions{}, "status")
+	return err
 }
 
 // publishAddress makes the address that the API server dials lead to the hub:
@@ -241,6 +263,7 @@ func (u *Upstream) createNode(ctx context.Context, node string, w edgeapi.Write)
 		return "", err
 	}
 	fresh(&n.ObjectMeta)
+	n.Status.Conditions = withoutConnected(n.Status.Conditions)
 	if err := u.publishAddress(node, &n.Status); err != nil {
 		return "", err
 	}
