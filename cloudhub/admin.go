@@ -12,7 +12,6 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/util/duration"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
 
@@ -186,28 +185,18 @@ func newNodeCommand() *cobra.Command {
 	list := &cobra.Command{
 		Use: "list", Short: "List enrolled nodes", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			_, reg, err := cluster.connect(c.Context())
+			client, reg, err := cluster.connect(c.Context())
 			if err != nil {
 				return err
 			}
-			nodes, err := reg.Nodes(c.Context())
+			nodes, err := listNodes(c.Context(), client, reg)
 			if err != nil {
 				return err
 			}
 			if done, err := cluster.json(c.OutOrStdout(), nodes); done {
 				return err
 			}
-			w := tabwriter.NewWriter(c.OutOrStdout(), 0, 8, 3, ' ', 0)
-			fmt.Fprintln(w, "NAME\tVIRTUAL IP\tJOINED\tCERTIFICATE ENDS IN\tREVOKED")
-			for _, n := range nodes {
-				revoked := ""
-				if n.Revoked() {
-					revoked = n.RevokedAt.Local().Format(time.RFC3339)
-				}
-				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", n.Name, n.VirtualIP, n.JoinedAt.Local().Format(time.RFC3339),
-					duration.HumanDuration(time.Until(n.NotAfter)), revoked)
-			}
-			return w.Flush()
+			return printNodes(c.OutOrStdout(), nodes, time.Now())
 		},
 	}
 	forget := &cobra.Command{

@@ -15,6 +15,8 @@ import (
 
 	"github.com/skerry-io/skerry/cloudhub/edges"
 	"github.com/skerry-io/skerry/cloudhub/feed"
+	"github.com/skerry-io/skerry/cloudhub/presence"
+	"github.com/skerry-io/skerry/cloudhub/tolerations"
 	"github.com/skerry-io/skerry/cloudhub/upstream"
 	"github.com/skerry-io/skerry/metrics"
 )
@@ -22,12 +24,12 @@ import (
 // newExposition returns the hub's /metrics, for those whom the cluster lets
 // read it: a bearer token that TokenReview knows and whose user may get the
 // non-resource URL /metrics.
-func newExposition(client kubernetes.Interface, e *edges.Edges, f *feed.Feed, u *upstream.Upstream, log *slog.Logger) (http.Handler, error) {
+func newExposition(client kubernetes.Interface, c hubCollector, log *slog.Logger) (http.Handler, error) {
 	reg, err := metrics.New(metrics.Config{Program: "cloudhub", Version: version, Log: log})
 	if err != nil {
 		return nil, err
 	}
-	if err := reg.Register(hubCollector{e, f, u}); err != nil {
+	if err := reg.Register(c); err != nil {
 		return nil, fmt.Errorf("register the hub's metrics: %w", err)
 	}
 	return reg.Handler(func(r *http.Request) error { return mayReadMetrics(r, client) }), nil
@@ -73,6 +75,8 @@ type hubCollector struct {
 	edges    *edges.Edges
 	feed     *feed.Feed
 	upstream *upstream.Upstream
+	keeper   *tolerations.Keeper
+	presence *presence.Presence
 }
 
 var (
@@ -82,6 +86,9 @@ var (
 	descBytes   = desc("feed_sent_bytes_total", "Bytes of deltas sent to nodes, after compression.")
 	descWrites  = desc("upstream_writes_total", "Writes taken from nodes.")
 	descFailed  = desc("upstream_failed_writes_total", "Writes that the API server refused or did not answer.")
+	descKept    = desc("kept_pods_total", "Pods whose tolerations of a silent node lost their time limit.")
+	descFreed   = desc("released_pods_total", "Pods that opted out of that and got their time limit back.")
+	descTold    = desc("connected_condition_writes_total", "Writes of the condition Connected of Nodes.")
 	descSkipped = desc("upstream_unchanged_writes_total", "Writes that needed no request: the API server had that state.")
 )
 
@@ -92,11 +99,12 @@ func desc(name, help string) *prometheus.Desc {
 func (c hubCollector) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(c, ch) }
 
 func (c hubCollector) Collect(ch chan<- prometheus.Metric) {
-	f, u := c.feed.Stats(), c.upstream.Stats()
+	f, u, k := c.feed.Stats(), c.upstream.Stats(), c.keeper.Stats()
 	ch <- prometheus.MustNewConstMetric(descNodes, prometheus.GaugeValue, float64(len(c.edges.Nodes())))
 	for d, v := range map[*prometheus.Desc]uint64{
 		descDeltas: f.Deltas, descObjects: f.Objects, descBytes: f.WireBytes,
 		descWrites: u.Writes, descFailed: u.Failed, descSkipped: u.Skipped,
+		descKept: k.Kept, descFreed: k.Released, descTold: c.presence.Stats().Writes,
 	} {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v))
 	}

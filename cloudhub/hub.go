@@ -23,6 +23,8 @@ import (
 	"github.com/skerry-io/skerry/cloudhub/edges"
 	"github.com/skerry-io/skerry/cloudhub/enroll"
 	"github.com/skerry-io/skerry/cloudhub/feed"
+	"github.com/skerry-io/skerry/cloudhub/presence"
+	"github.com/skerry-io/skerry/cloudhub/tolerations"
 	"github.com/skerry-io/skerry/cloudhub/upstream"
 	"github.com/skerry-io/skerry/tunnel"
 	"github.com/skerry-io/skerry/tunnel/edgeapi"
@@ -54,6 +56,7 @@ type hubConfig struct {
 	PublicURL   string
 	ServerNames []string
 	VirtualCIDR string
+	Toleration  int64 // seconds, as the cluster's admission gives by default
 	Log         *slog.Logger
 	Edges       func(*edges.Edges) // told once nodes can be reached
 }
@@ -89,18 +92,34 @@ func runHub(ctx context.Context, cfg hubConfig) error {
 	if err != nil {
 		return err
 	}
+	enrolled := func(node string) bool { _, ok := registry.Node(node); return ok }
 	writer, err := upstream.New(upstream.Config{REST: rc, Addresses: kubeletAddresses{registry}, Log: cfg.Log})
 	if err != nil {
 		return err
 	}
+	told, err := presence.New(presence.Config{
+		Client: client, Writer: writer, Nodes: objects.Nodes(), Enrolled: enrolled, Known: registry.Synced(), Log: cfg.Log,
+	})
+	if err != nil {
+		return err
+	}
+	objects.Observe(told)
 	e, err = edges.New(edges.Config{
-		Registry: registry, Feed: objects, Upstream: writer, Client: client,
+		Registry: registry, Feed: objects, Upstream: writer, Presence: told, Client: client,
 		Tunnel: tunnel.Config{Log: cfg.Log, Memory: tunnel.NewMemory(windowMemory)}, Log: cfg.Log,
 	})
 	if err != nil {
 		return err
 	}
-	exposition, err := newExposition(client, e, objects, writer, cfg.Log)
+	keeper, err := tolerations.New(tolerations.Config{
+		Client: client, Pods: objects.Pods(), Nodes: objects.Nodes(), NodeIndex: feed.ByNode,
+		Enrolled: enrolled, Known: registry.Synced(),
+		Seconds: cfg.Toleration, Log: cfg.Log,
+	})
+	if err != nil {
+		return err
+	}
+	exposition, err := newExposition(client, hubCollector{e, objects, writer, keeper, told}, cfg.Log)
 	if err != nil {
 		return err
 	}
@@ -129,6 +148,8 @@ func runHub(ctx context.Context, cfg hubConfig) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return registry.Run(ctx) })
 	g.Go(func() error { return objects.Run(ctx) })
+	g.Go(func() error { return keeper.Run(ctx) })
+	g.Go(func() error { return told.Run(ctx) })
 	g.Go(func() error { return e.Run(ctx) })
 	g.Go(func() error {
 		for _, ready := range []<-chan struct{}{registry.Synced(), objects.Ready()} {

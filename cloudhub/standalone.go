@@ -71,6 +71,9 @@ func runStandalone(ctx context.Context, cfg Config, log *slog.Logger) error {
 		ExtraSANs:        cfg.ServerNames,
 		ServiceCIDR:      cfg.ServiceCIDR,
 		ExternalEtcd:     cfg.Etcd,
+
+		DefaultTolerationSeconds: cfg.DefaultTolerationSeconds,
+
 		DialNode: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			return proxy.DialNode(ctx, network, addr)
 		},
@@ -114,6 +117,7 @@ func runStandalone(ctx context.Context, cfg Config, log *slog.Logger) error {
 			PublicURL:   cfg.PublicURL,
 			ServerNames: cfg.ServerNames,
 			VirtualCIDR: cfg.VirtualCIDR,
+			Toleration:  cfg.DefaultTolerationSeconds,
 			Log:         log,
 			Edges:       func(e *edges.Edges) { nodes.edges.Store(e) },
 		})

@@ -19,7 +19,10 @@ import (
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/types"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"sigs.k8s.io/yaml"
 
+	"github.com/skerry-io/skerry/cloudhub/presence"
+	"github.com/skerry-io/skerry/cloudhub/tolerations"
 	"github.com/skerry-io/skerry/e2e/machine"
 )
 
@@ -304,7 +307,8 @@ spec:
 }
 
 // TestNothingIsEvictedFromASilentNode needs the second node: Kubernetes evicts
-// nothing when all nodes are silent. As a kubelet looks at mounted ConfigMaps
+// nothing when all nodes are silent. The hub's default toleration is ten
+// seconds, so that what is not kept would be gone. As a kubelet looks at mounted ConfigMaps
 // about once a minute, it is also the time to see one that changed while
 // edge-2 was away.
 func TestNothingIsEvictedFromASilentNode(t *testing.T) {
@@ -325,21 +329,62 @@ spec:
   template:
     metadata: {labels: {app: held}}
     spec: {terminationGracePeriodSeconds: 1, nodeSelector: {kubernetes.io/hostname: edge-1}, containers: [{name: c, image: localhost/skerry/demo:1}]}
-`, job)
+`, ratherOnEdge1("Deployment", "moves", `{`+tolerations.Evict+`: "true"}`), ratherOnEdge1("StatefulSet", "identity", "{}"),
+		`
+apiVersion: apps/v1
+kind: DaemonSet
+metadata: {name: everywhere}
+spec:
+  selector: {matchLabels: {app: everywhere}}
+  template:
+    metadata: {labels: {app: everywhere}}
+    spec: {terminationGracePeriodSeconds: 1, containers: [{name: c, image: localhost/skerry/demo:1}]}`, job)
 	ready(t, ns, "reads")
 	restoreOther := cut(t, other, machine.LinkDown)
 	applyIn(t, ns, configMap("second"))
 	ready(t, ns, "kept")
 	brief := ready(t, ns, "brief")
 	available(t, ns, "held", 2)
+	available(t, ns, "moves", 1)
+	ready(t, ns, "identity-0")
 	work := awaitJobPod(t, ns, "work")
 	restoreOther()
 	otherBack := time.Now()
-	before := podsByName(t, ns)
-	for _, key := range []string{corev1.TaintNodeNotReady, corev1.TaintNodeUnreachable} {
-		if s := tolerationSeconds(before["kept"], key); s < 365*24*3600 {
-			t.Errorf("by default a pod tolerates %s for %d s only", key, s)
+	var before map[string]corev1.Pod
+	eventually(t, 30*time.Second, "the DaemonSet's pods", func(context.Context) (bool, string) {
+		before = podsByName(t, ns)
+		ready := 0
+		for _, p := range before {
+			if p.Labels["app"] == "everywhere" && isReady(&p) {
+				ready++
+			}
 		}
+		return ready == len(world.nodes), fmt.Sprint(ready)
+	})
+	moves := podOf(t, before, "moves")
+	for name, where := range map[string]string{moves.Name: moves.Spec.NodeName, "identity-0": before["identity-0"].Spec.NodeName} {
+		if where != n.Name() {
+			t.Fatalf("%s is on %s, and was to be on %s", name, where, n.Name())
+		}
+	}
+	tolerates := func(pod, what string, seconds int64) {
+		t.Helper()
+		eventually(t, 10*time.Second, what, func(context.Context) (bool, string) {
+			p := getPod(t, ns, pod)
+			a, b := tolerationSeconds(*p, corev1.TaintNodeNotReady), tolerationSeconds(*p, corev1.TaintNodeUnreachable)
+			return a == seconds && b == seconds, fmt.Sprintf("not-ready %d s, unreachable %d s", a, b)
+		})
+	}
+	const forever, byDefault = 1<<63 - 1, 10
+	tolerates("kept", "a pod to stay for ever", forever)
+	tolerates("identity-0", "a StatefulSet's pod to stay for ever", forever)
+	tolerates(moves.Name, "a pod that opted out not to", byDefault)
+	kubectl(t, "annotate", "node", other.Name(), tolerations.Evict+"=true")
+	tolerates("reads", "the pods of a node that opted out not to", byDefault)
+	kubectl(t, "annotate", "node", other.Name(), tolerations.Evict+"-")
+	tolerates("reads", "the pods of a node that opted in again to stay for ever", forever)
+	if c := connectedCondition(t, n.Name()); c.Status != corev1.ConditionTrue || c.Reason != presence.ReasonUp {
+		t.Errorf("%s is connected, and its Node says %+v", n.Name(), c)
 	}
 	if s := tolerationSeconds(*brief, corev1.TaintNodeUnreachable); s != 5 {
 		t.Errorf("the user's toleration of 5 s has become %d s", s)
@@ -363,17 +408,50 @@ spec:
 		return nodeReady(node) == corev1.ConditionUnknown && effects[corev1.TaintEffectNoExecute] && effects[corev1.TaintEffectNoSchedule], fmt.Sprint(node.Spec.Taints)
 	})
 	t.Logf("edge-1 was Unknown and tainted %.1f s after the cut", time.Since(away).Seconds())
+	eventually(t, 30*time.Second, "the Node to say that it is not connected", func(context.Context) (bool, string) {
+		c := connectedCondition(t, n.Name())
+		return c.Status == corev1.ConditionFalse, fmt.Sprintf("%+v", c)
+	})
+	c := connectedCondition(t, n.Name())
+	if c.Reason != presence.ReasonSilent && c.Reason != presence.ReasonBroken || !strings.Contains(c.Message, "; last in step 20") ||
+		!between(c.LastTransitionTime.Time, away.Add(-time.Minute), away.Add(2*time.Second)) {
+		t.Errorf("cut off at %s, and the Node says %+v", away, c)
+	}
+	if out := kubectl(t, "describe", "node", n.Name()); !strings.Contains(out, c.Message) {
+		t.Errorf("kubectl describe node tells nothing of %q:\n%s", c.Message, out)
+	}
+	var listed []struct {
+		Name            string
+		Connected       bool
+		Since, LastSync time.Time
+	}
+	list, err := world.hub.Cloudhub(t.Context(), "node", "list", "-o", "json")
+	if err == nil {
+		err = json.Unmarshal([]byte(list.Stdout), &listed)
+	}
+	if err != nil || len(listed) != 2 || listed[0].Connected || !listed[0].Since.Equal(c.LastTransitionTime.Time) || listed[0].LastSync.IsZero() || !listed[1].Connected {
+		t.Errorf("cloudhub node list: %+v, %v\n%s", listed, err, list.Stderr)
+	}
+
 	awaitPod(t, ns, "brief", 30*time.Second, "to be evicted, as its user wishes", func(p *corev1.Pod) bool { return p.DeletionTimestamp != nil })
+	awaitPod(t, ns, moves.Name, time.Minute, "to be evicted, as it opted out", func(p *corev1.Pod) bool { return p.DeletionTimestamp != nil })
+	var replaced corev1.Pod
+	eventually(t, time.Minute, "another pod in its place elsewhere", func(context.Context) (bool, string) {
+		now := podsByName(t, ns)
+		delete(now, moves.Name)
+		replaced = podOf(t, now, "moves")
+		return replaced.Spec.NodeName == other.Name() && isReady(&replaced), podIdentity(&replaced)
+	})
 	for name, p := range podsByName(t, ns) {
-		if was, ok := before[name]; !ok || was.UID != p.UID {
+		if was, ok := before[name]; name != replaced.Name && (!ok || was.UID != p.UID) {
 			t.Errorf("%s was made while the node was silent", name)
 		}
-		if p.DeletionTimestamp != nil && name != "brief" {
+		if p.DeletionTimestamp != nil && name != "brief" && name != moves.Name {
 			t.Errorf("%s was evicted", name)
 		}
 	}
-	if len(podsByName(t, ns)) != len(before) {
-		t.Errorf("of %d pods %d are left", len(before), len(podsByName(t, ns)))
+	if len(podsByName(t, ns)) != len(before)+1 {
+		t.Errorf("of %d pods %d are left, with one that was to be made", len(before), len(podsByName(t, ns)))
 	}
 	eventually(t, time.Minute, "the cut to have lasted for more than a minute", func(context.Context) (bool, string) {
 		return time.Since(away) > time.Minute, time.Since(away).String()
@@ -392,8 +470,17 @@ spec:
 		}
 		return len(node.Spec.Taints) == 0, fmt.Sprint(node.Spec.Taints)
 	})
+	eventually(t, time.Minute, "the Node to say that it is connected again", func(context.Context) (bool, string) {
+		c := connectedCondition(t, n.Name())
+		return c.Status == corev1.ConditionTrue && strings.Contains(c.Message, "; was away ") && c.LastTransitionTime.After(away), fmt.Sprintf("%+v", c)
+	})
 	awaitNoPod(t, ns, "brief")
+	awaitNoPod(t, ns, moves.Name)
 	delete(ran, "brief")
+	delete(ran, moves.Name)
+	if p := ready(t, ns, replaced.Name); p.UID != replaced.UID || p.Spec.NodeName != other.Name() {
+		t.Errorf("in the place of the evicted pod: %s, before %s", podIdentity(p), podIdentity(&replaced))
+	}
 	for name, c := range ran {
 		p := ready(t, ns, name)
 		if s := p.Status.ContainerStatuses[0]; p.UID != c.uid || !strings.HasSuffix(s.ContainerID, c.id) || s.RestartCount != 0 {
@@ -557,6 +644,52 @@ func awaitNoPod(t *testing.T, ns, name string) {
 		p, err := world.client.CoreV1().Pods(ns).Get(ctx, name, metav1.GetOptions{})
 		return apierrors.IsNotFound(err), fmt.Sprint(p, err)
 	})
+}
+
+// ratherOnEdge1 is a controller of one pod that may run anywhere, and goes to
+// edge-1 while that is there.
+func ratherOnEdge1(kind, name, annotations string) string {
+	return fmt.Sprintf(`
+apiVersion: apps/v1
+kind: %[1]s
+metadata: {name: %[2]s}
+spec:
+  replicas: 1
+  selector: {matchLabels: {app: %[2]s}}
+  template:
+    metadata: {labels: {app: %[2]s}, annotations: %[3]s}
+    spec:
+      terminationGracePeriodSeconds: 1
+      affinity: {nodeAffinity: {preferredDuringSchedulingIgnoredDuringExecution: [
+        {weight: 100, preference: {matchExpressions: [{key: kubernetes.io/hostname, operator: In, values: [edge-1]}]}}]}}
+      containers: [{name: c, image: localhost/skerry/demo:1}]`, kind, name, annotations)
+}
+
+// podOf returns the only pod of an app; the zero Pod if there is none.
+func podOf(t *testing.T, pods map[string]corev1.Pod, app string) (found corev1.Pod) {
+	t.Helper()
+	for _, p := range pods {
+		if p.Labels["app"] == app {
+			if found.Name != "" {
+				t.Fatalf("%s has several pods: %s and %s", app, found.Name, p.Name)
+			}
+			found = p
+		}
+	}
+	return found
+}
+
+// connectedCondition is what the Node says of its link, as kubectl shows it.
+func connectedCondition(t *testing.T, node string) (c corev1.NodeCondition) {
+	t.Helper()
+	var n corev1.Node
+	if err := yaml.Unmarshal([]byte(kubectl(t, "get", "node", node, "-o", "yaml")), &n); err != nil {
+		t.Fatal(err)
+	}
+	if found := presence.Of(&n); found != nil {
+		c = *found
+	}
+	return c
 }
 
 func podsByName(t *testing.T, ns string) map[string]corev1.Pod {

@@ -143,7 +143,8 @@ func startHub(ctx context.Context, dir string, nodes []*cluster.Node) (*cluster.
 		names = append(names, n.HostIP())
 	}
 	names = append(names, hubName)
-	h, err := cluster.NewHub(cluster.HubConfig{Dir: dir, Programs: world.programs, Names: names})
+	// Who is evicted shall be so within the time of a test.
+	h, err := cluster.NewHub(cluster.HubConfig{Dir: dir, Programs: world.programs, Names: names, Args: []string{"--default-toleration-seconds=10"}})
 	if err != nil {
 		return nil, err
 	}
