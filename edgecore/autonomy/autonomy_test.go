@@ -6,10 +6,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -235,6 +239,36 @@ func TestWhatTheNodeNeeds(t *testing.T) {
 	r.put(t, "nodes", "", "edge-1", corev1.Node{Status: corev1.NodeStatus{Conditions: []corev1.NodeCondition{{Type: corev1.NodeDiskPressure, Status: corev1.ConditionTrue}}}})
 	if got := reasons(r); got != "DiskFull:true" {
 		t.Errorf("disk pressure: %s", got)
+	}
+}
+
+// A limit on the size of files stands in for a full disk. It holds for a whole
+// process, so this is one of its own.
+func TestADiskThatTakesNoWritesIsTold(t *testing.T) {
+	if os.Getenv("SKERRY_AUTONOMY_FULL") == "" {
+		cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$")
+		cmd.Env = append(os.Environ(), "SKERRY_AUTONOMY_FULL=1")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%v\n%s", err, out)
+		}
+		return
+	}
+	r := newRig(t, nil)
+	r.synced(t)
+	signal.Ignore(syscall.SIGXFSZ)
+	var old syscall.Rlimit
+	if err := errors.Join(syscall.Getrlimit(syscall.RLIMIT_FSIZE, &old), syscall.Setrlimit(syscall.RLIMIT_FSIZE, &syscall.Rlimit{Cur: 1, Max: old.Max})); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.store.SetSynced(t.Context(), "2"); err == nil {
+		t.Fatal("a disk without room took a write")
+	}
+	got := r.Check(t.Context())
+	if err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &old); err != nil {
+		t.Fatal(err)
+	}
+	if got.Ready || got.Findings[0].Reason != ReasonStoreTrouble {
+		t.Errorf("%+v", got)
 	}
 }
 

@@ -16,12 +16,20 @@ import (
 	"github.com/skerry-io/skerry/edgecore/store"
 )
 
+// The runtime has this long for all its answers; edgecore status waits for them.
+const checkTimeout = 4 * time.Second
+
 // Check looks at everything now. Its cost grows with the pods: each is decoded,
 // and the runtime is asked once for each image.
 func (m *Monitor) Check(ctx context.Context) Report {
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	defer cancel()
 	c := &check{m: m, report: Report{At: m.cfg.Clock()}, users: map[string]string{}}
 	if !m.cfg.Store.Synced() {
 		c.breaks(ReasonNotSynced, "node", "its first sync with the hub is not complete", "connect it to the hub until edgecore status says it is in step")
+	}
+	if t := m.cfg.Store.Trouble(); t != nil {
+		c.breaks(ReasonStoreTrouble, "node", "its disk takes no writes, so what changed since is lost in a restart", "look into edgecore status and the kernel's log for what is wrong with the disk")
 	}
 	objects, _ := m.cfg.Store.List("pods", "")
 	for _, o := range objects {

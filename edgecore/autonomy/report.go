@@ -21,6 +21,7 @@ const (
 	ReasonRuntimeClassMissing = "RuntimeClassMissing"
 	ReasonNeedsCloud          = "NeedsCloud"
 	ReasonDiskFull            = "DiskFull"
+	ReasonStoreTrouble        = "StoreTrouble"
 
 	// These warn.
 	ReasonDiskNearlyFull     = "DiskNearlyFull"
