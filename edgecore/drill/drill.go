@@ -321,6 +321,7 @@ func (m *Manager) look() {
 }
 
 func (m *Manager) judge(p *Pod, after float64) {
+	was := p.Why
 	p.Back, p.Why = false, ""
 	o, ok := m.cfg.Store.Get(store.Key{Resource: "pods", Namespace: p.Namespace, Name: p.Name})
 	var pod corev1.Pod
@@ -336,6 +337,11 @@ func (m *Manager) judge(p *Pod, after float64) {
 		return
 	}
 	if p.Why = notRunning(&pod, p.Containers); p.Why != "" {
+		// The kubelet counts a start that failed for want of an image as a
+		// crash, and soon shows nothing but that it holds back.
+		if strings.Contains(p.Why, crashLoop) && strings.HasPrefix(was, "container ") && !strings.Contains(was, crashLoop) {
+			p.Why = was
+		}
 		return
 	}
 	if m.state.Reboot && p.Running == 0 {
@@ -350,6 +356,8 @@ func (m *Manager) judge(p *Pod, after float64) {
 	}
 	p.Back = true
 }
+
+const crashLoop = ": CrashLoopBackOff"
 
 // notRunning says which of a pod's containers does not run, apart from those of
 // before.

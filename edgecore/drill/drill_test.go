@@ -245,6 +245,40 @@ func TestARebootThroughAnotherProcess(t *testing.T) {
 	}
 }
 
+func TestTheCauseIsKeptThroughABackOff(t *testing.T) {
+	r := newRig(t)
+	r.put("p", corev1.RestartPolicyAlways, "old", true)
+	m := r.manager()
+	if _, err := m.Begin(t.Context(), Request{Offline: time.Minute}); err != nil {
+		t.Fatal(err)
+	}
+	waits := func(reason, message string) string {
+		t.Helper()
+		key := store.Key{Resource: "pods", Namespace: "ns", Name: "p"}
+		body, err := json.Marshal(corev1.Pod{Status: corev1.PodStatus{ContainerStatuses: []corev1.ContainerStatus{{
+			Name: "c", State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: reason, Message: message}}}}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := r.store.Local(t.Context(), func(tx *store.Tx) error { _, err := tx.Put(key, "uid-p", body); return err }); err != nil {
+			t.Fatal(err)
+		}
+		m.look()
+		s, _ := m.State()
+		return podOf(s, "p").Why
+	}
+	const crash, image = "container c: CrashLoopBackOff: back-off 1m20s", "container c: RegistryUnavailable: x is not on this node"
+	if got := waits("CrashLoopBackOff", "back-off 1m20s"); got != crash {
+		t.Errorf("%q", got)
+	}
+	if got := waits("RegistryUnavailable", "x is not on this node"); got != image {
+		t.Errorf("%q", got)
+	}
+	if got := waits("CrashLoopBackOff", "back-off 1m20s"); got != image {
+		t.Errorf("%q", got)
+	}
+}
+
 func TestWithoutARebootPodsHaveToStay(t *testing.T) {
 	r := newRig(t)
 	r.put("stays", corev1.RestartPolicyAlways, "old", true)
