@@ -13,9 +13,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/golang-jwt/jwt/v5"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -41,7 +43,10 @@ func (id Identity) Username() string {
 type issuer struct {
 	key  *ecdsa.PrivateKey
 	kid  string
-	name string // the iss claim
+	name string               // the iss claim
+	boot string               // names this boot of the machine
+	at   func() time.Duration // since it
+	off  func() time.Duration
 }
 
 // claims have the layout of Kubernetes' own bound tokens.
@@ -53,6 +58,11 @@ type claims struct {
 		Pod            ref    `json:"pod"`
 		ServiceAccount ref    `json:"serviceaccount"`
 	} `json:"kubernetes.io"`
+	// Boot and At are when the token was issued by a clock that does not jump,
+	// Off is Config.Off then.
+	Boot string        `json:"edge.skerry.dev/boot,omitempty"`
+	At   time.Duration `json:"edge.skerry.dev/at,omitempty"`
+	Off  time.Duration `json:"edge.skerry.dev/off,omitempty"`
 }
 
 type ref struct {
@@ -70,7 +80,22 @@ func newIssuer(cfg Config) (*issuer, error) {
 		return nil, fmt.Errorf("tokens: edge issuer's key %s: %w", cfg.KeyFile, err)
 	}
 	id := sha256.Sum256(spki)
-	return &issuer{key: key, kid: base64.RawURLEncoding.EncodeToString(id[:]), name: "https://edge.skerry.local/" + cfg.NodeName}, nil
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return nil, fmt.Errorf("tokens: name this boot: %w", err)
+	}
+	return &issuer{
+		key: key, kid: base64.RawURLEncoding.EncodeToString(id[:]), name: "https://edge.skerry.local/" + cfg.NodeName,
+		boot: strings.TrimSpace(string(boot)), at: cfg.Boot, off: cfg.Off,
+	}, nil
+}
+
+func sinceBoot() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		panic("tokens: CLOCK_BOOTTIME: " + err.Error()) // since Linux 2.6.39
+	}
+	return time.Duration(ts.Nano())
 }
 
 func readOrMakeKey(path string) (*ecdsa.PrivateKey, error) {
@@ -149,6 +174,7 @@ func (i *issuer) sign(now, expires time.Time, audiences []string, id Identity) (
 		IssuedAt: jwt.NewNumericDate(now), NotBefore: jwt.NewNumericDate(now), ExpiresAt: jwt.NewNumericDate(expires),
 		ID: rand.Text(),
 	}}
+	c.Boot, c.At, c.Off = i.boot, i.at(), i.off()
 	c.Kubernetes.Namespace = id.Namespace
 	c.Kubernetes.Node = ref{Name: id.NodeName}
 	c.Kubernetes.Pod = ref{id.PodName, id.PodUID}
@@ -156,6 +182,21 @@ func (i *issuer) sign(now, expires time.Time, audiences []string, id Identity) (
 	t := jwt.NewWithClaims(jwt.SigningMethodES256, c)
 	t.Header["kid"] = i.kid
 	return t.SignedString(i.key)
+}
+
+// judgeAt is the moment to judge a token at. In the boot that it was issued in
+// that is its issue and what has passed since: NTP may move the clock by decades
+// meanwhile, and the pod must not lose its token by that. A kubelet whose clock
+// went back renews nothing before it is where it was; till then the token stands.
+func (s *Source) judgeAt(c *claims) time.Time {
+	now := s.cfg.Clock()
+	if c.Boot != s.issuer.boot || c.IssuedAt == nil {
+		return now
+	}
+	if now.Add(leeway).Before(c.IssuedAt.Time) || s.cfg.Off()+leeway < c.Off {
+		return c.IssuedAt.Time
+	}
+	return c.IssuedAt.Time.Add(s.cfg.Boot() - c.At)
 }
 
 // Verify tells whom a token issued here speaks for. audience must be among the
@@ -175,10 +216,14 @@ func (s *Source) Verify(token, audience string) (Identity, error) {
 			}
 			return &s.issuer.key.PublicKey, nil
 		},
-		jwt.WithValidMethods([]string{jwt.SigningMethodES256.Alg()}),
-		jwt.WithIssuer(s.issuer.name), jwt.WithAudience(audience),
-		jwt.WithExpirationRequired(), jwt.WithLeeway(leeway), jwt.WithTimeFunc(s.cfg.Clock), jwt.WithStrictDecoding(),
+		jwt.WithValidMethods([]string{jwt.SigningMethodES256.Alg()}), jwt.WithStrictDecoding(), jwt.WithoutClaimsValidation(),
 	)
+	if err == nil {
+		err = jwt.NewValidator(
+			jwt.WithIssuer(s.issuer.name), jwt.WithAudience(audience), jwt.WithExpirationRequired(), jwt.WithLeeway(leeway),
+			jwt.WithTimeFunc(func() time.Time { return s.judgeAt(&c) }),
+		).Validate(&c)
+	}
 	if err != nil {
 		return Identity{}, fmt.Errorf("tokens: verify: %w", err)
 	}

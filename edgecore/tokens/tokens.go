@@ -36,8 +36,13 @@ type Config struct {
 	Cloud        Cloud            // nil: never connected
 	CloudTimeout time.Duration    // zero means 10s
 	EdgeTTL      time.Duration    // life of a token issued here; zero means 10m
-	Clock        func() time.Time // nil means time.Now
-	Log          *slog.Logger     // nil discards
+	Clock        func() time.Time // what the date is; nil means time.Now
+	// Off is by how much the machine's clock, which the kubelet goes by, is
+	// ahead of Clock; nil means not at all.
+	Off func() time.Duration
+	// Boot is the time since boot; nil asks the kernel.
+	Boot func() time.Duration
+	Log  *slog.Logger // nil discards
 }
 
 // Source implements apifacade.TokenSource.
@@ -82,6 +87,12 @@ func New(cfg Config) (*Source, error) {
 	if cfg.Clock == nil {
 		cfg.Clock = time.Now
 	}
+	if cfg.Off == nil {
+		cfg.Off = func() time.Duration { return 0 }
+	}
+	if cfg.Boot == nil {
+		cfg.Boot = sinceBoot
+	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -113,17 +124,17 @@ func (s *Source) CreateToken(ctx context.Context, namespace, serviceAccount stri
 
 	kept, ok := s.stored(key)
 	if ok && kept.fresh(s.cfg.Clock()) {
-		return kept.answer(r), nil
+		return s.answer(kept, r), nil
 	}
 	got, err := s.fromCloud(ctx, key, namespace, serviceAccount, podUID, r)
 	if err == nil {
-		return got.answer(r), nil
+		return s.answer(got, r), nil
 	}
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
 	if ok && kept.valid(s.cfg.Clock()) && !gone(err) {
-		return kept.answer(r), nil
+		return s.answer(kept, r), nil
 	}
 	if refused(err) {
 		return nil, err
@@ -208,11 +219,13 @@ func (k *keptToken) fresh(now time.Time) bool {
 	return now.Before(k.Expires.Add(-ttl/5-freshMargin)) && now.Before(issued.Add(kubeletMaxAge-freshMargin))
 }
 
-func (k *keptToken) answer(r *authenticationv1.TokenRequest) *authenticationv1.TokenRequest {
+// answer tells the token's end by the machine's clock: by that the kubelet
+// decides when to renew it.
+func (s *Source) answer(k *keptToken, r *authenticationv1.TokenRequest) *authenticationv1.TokenRequest {
 	out := r.DeepCopy()
 	ttl := k.TTL
 	out.Spec.ExpirationSeconds = &ttl
-	out.Status = authenticationv1.TokenRequestStatus{Token: k.Token, ExpirationTimestamp: metav1.NewTime(k.Expires)}
+	out.Status = authenticationv1.TokenRequestStatus{Token: k.Token, ExpirationTimestamp: metav1.NewTime(k.Expires.Add(s.cfg.Off()))}
 	return out
 }
 
@@ -294,7 +307,7 @@ func (s *Source) issue(namespace, serviceAccount string, r *authenticationv1.Tok
 		return nil, apierrors.NewInternalError(fmt.Errorf("tokens: issue for %s/%s: %w", namespace, serviceAccount, err))
 	}
 	k := &keptToken{token, now.Add(ttl).Truncate(time.Second), int64(ttl / time.Second)}
-	return k.answer(r), nil
+	return s.answer(k, r), nil
 }
 
 type podRef struct{ uid, serviceAccount string }

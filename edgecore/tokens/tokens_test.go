@@ -69,7 +69,8 @@ func newRig(t *testing.T) *rig {
 	dir := t.TempDir()
 	r := &rig{now: time.Date(2026, 1, 1, 12, 0, 0, 0, time.UTC), sc: store.Config{Path: filepath.Join(dir, "edge.db")}}
 	r.cloud = &fakeCloud{now: func() time.Time { return r.now }}
-	r.cfg = Config{NodeName: "n1", KeyFile: filepath.Join(dir, "issuer.key"), Cloud: r.cloud, Clock: func() time.Time { return r.now }, CloudTimeout: 5 * time.Second}
+	r.cfg = Config{NodeName: "n1", KeyFile: filepath.Join(dir, "issuer.key"), Cloud: r.cloud, Clock: func() time.Time { return r.now }, CloudTimeout: 5 * time.Second,
+		Boot: func() time.Duration { return r.now.Sub(time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)) }}
 	r.open(t)
 	err := r.store.ApplyDelta(t.Context(), store.Delta{Synced: "1", Upserts: []store.Upsert{{
 		Key: store.Key{Resource: "pods", Namespace: "default", Name: "p"}, UID: "up", Rev: "1",
@@ -274,6 +275,67 @@ func TestVerifyRefuses(t *testing.T) {
 	if _, err := r.Verify(token, "aud"); err == nil {
 		t.Error("its pod is gone: accepted")
 	}
+}
+
+// The wall clock jumps by decades while a pod has a token issued here: it stands
+// for its time by the clock that does not jump, and the kubelet is told its end
+// by the clock that it reads.
+func TestTokensOutliveClockJumps(t *testing.T) {
+	r := newRig(t)
+	r.cloud.set(errOffline)
+	date, boot, off := r.now, time.Hour, time.Duration(0)
+	cfg := r.cfg
+	cfg.Store, cfg.KeyFile = r.store, filepath.Join(t.TempDir(), "key")
+	cfg.Clock = func() time.Time { return date }
+	cfg.Boot = func() time.Duration { return boot }
+	cfg.Off = func() time.Duration { return off }
+	src, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	issue := func() (string, time.Time) {
+		t.Helper()
+		got, err := src.CreateToken(t.Context(), "default", "sa", request(3600))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got.Status.Token, got.Status.ExpirationTimestamp.Time
+	}
+	verify := func(what, token string, good bool) {
+		t.Helper()
+		if _, err := src.Verify(token, ""); (err == nil) != good {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	const decades = 30 * 365 * 24 * time.Hour
+	start := date
+	token, _ := issue()
+	date = start.Add(decades)
+	verify("the clock went forward", token, true)
+	boot += 11 * time.Minute
+	verify("and its time is over", token, false)
+
+	date = start
+	token, _ = issue()
+	date = start.Add(-decades)
+	boot += 11 * time.Minute
+	verify("the clock went back, and the kubelet's with it", token, true)
+
+	date, off = start, decades // the machine's clock is ahead, the hub's known
+	token, until := issue()
+	if want := date.Add(10 * time.Minute).Add(decades); until.Sub(want).Abs() > time.Second {
+		t.Errorf("the kubelet is told %v; by its clock it is %v", until, want)
+	}
+	off = 0
+	boot += 11 * time.Minute
+	date = date.Add(11 * time.Minute)
+	verify("NTP set the kubelet's clock back", token, true)
+
+	token, _ = issue()
+	src.issuer.boot = "another"
+	verify("in another boot, by the date", token, true)
+	date = date.Add(11 * time.Minute)
+	verify("which has passed", token, false)
 }
 
 func TestTokensGoWithTheirPod(t *testing.T) {
