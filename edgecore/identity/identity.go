@@ -42,6 +42,7 @@ type Identity struct {
 
 	mu      sync.RWMutex
 	current *material
+	clock   func() time.Time
 }
 
 // material is one generation of the identity. Immutable.
@@ -85,7 +86,7 @@ func Load(dataDir string) (*Identity, error) {
 }
 
 func newIdentity(dataDir string, m *material) *Identity {
-	return &Identity{dataDir: dataDir, current: m}
+	return &Identity{dataDir: dataDir, current: m, clock: time.Now}
 }
 
 // Remove deletes the identity in dataDir, if there is one, and what is left of
@@ -138,6 +139,18 @@ func (id *Identity) material() *material {
 	return id.current
 }
 
+// IssuedAt is the hub's clock when it issued the certificate: that moment has
+// passed.
+func (id *Identity) IssuedAt() time.Time { return id.material().meta.IssuedAt }
+
+// UseClock has certificates judged by another clock than this machine's, which
+// may be wrong.
+func (id *Identity) UseClock(now func() time.Time) {
+	id.mu.Lock()
+	defer id.mu.Unlock()
+	id.clock = now
+}
+
 // ClientTLS returns the configuration for connections to the hub: TLS 1.3,
 // the hub's CA as the only root, and the certificate that is present when the
 // connection is made, so that one configuration outlives renewals. A change of
@@ -162,11 +175,13 @@ func (id *Identity) ClientTLS() *tls.Config {
 }
 
 func (id *Identity) now() time.Time {
-	now := time.Now()
-	if floor := id.material().meta.IssuedAt; now.Before(floor) {
-		return floor
+	id.mu.RLock()
+	now, floor := id.clock, id.current.meta.IssuedAt
+	id.mu.RUnlock()
+	if at := now(); at.After(floor) {
+		return at
 	}
-	return now
+	return floor
 }
 
 func readMaterial(dir string) (*material, error) {

@@ -20,15 +20,18 @@ type RenewerConfig struct {
 	// HubURL is where to renew; empty means the hub that was joined, at the
 	// address it was joined by.
 	HubURL string
-	Log    *slog.Logger // nil discards
+	// Renewed is called after each renewal; nil means nobody cares.
+	Renewed func()
+	Log     *slog.Logger // nil discards
 }
 
 // Renewer trades the node's certificate for a younger one in time. Nothing is
 // sent while none is due.
 type Renewer struct {
-	id   *Identity
-	log  *slog.Logger
-	kick chan struct{}
+	id      *Identity
+	log     *slog.Logger
+	renewed func()
+	kick    chan struct{}
 
 	// attempt renews once; tests of the schedule replace it.
 	attempt func(context.Context) error
@@ -40,6 +43,10 @@ const (
 	firstRetry    = time.Minute
 	maxRetry      = time.Hour
 	attemptBudget = 2 * time.Minute
+
+	// minGap is between any two tries, whoever asks for them: a hub that
+	// refuses each connection must not be asked for a certificate as often.
+	minGap = 30 * time.Second
 )
 
 // NewRenewer checks cfg; it starts nothing.
@@ -57,7 +64,10 @@ func NewRenewer(cfg RenewerConfig) (*Renewer, error) {
 			return nil, fmt.Errorf("identity: %w", err)
 		}
 	}
-	r := &Renewer{id: cfg.Identity, log: cfg.Log.With("node", cfg.Identity.NodeName()), kick: make(chan struct{}, 1)}
+	r := &Renewer{id: cfg.Identity, log: cfg.Log.With("node", cfg.Identity.NodeName()), kick: make(chan struct{}, 1), renewed: cfg.Renewed}
+	if r.renewed == nil {
+		r.renewed = func() {}
+	}
 	r.attempt = func(ctx context.Context) error { return cfg.Identity.renew(ctx, hub, r.log) }
 	return r, nil
 }
@@ -77,6 +87,7 @@ func (r *Renewer) Kick() {
 func (r *Renewer) Run(ctx context.Context) error {
 	retry := time.Duration(0)
 	told := Reason("")
+	var tried time.Time
 	for {
 		due := retry
 		if retry == 0 {
@@ -92,11 +103,18 @@ func (r *Renewer) Run(ctx context.Context) error {
 			continue
 		}
 
+		if left := minGap - time.Since(tried); !tried.IsZero() && left > 0 {
+			if pause(ctx, left) != nil {
+				return nil
+			}
+		}
+		tried = time.Now()
 		err := r.attempt(ctx)
 		switch {
 		case err == nil:
 			r.log.Info("certificate renewed", "until", r.id.Certificate().NotAfter)
 			retry, told = 0, ""
+			r.renewed()
 		case ctx.Err() != nil:
 			return nil
 		default:
@@ -124,6 +142,17 @@ func (r *Renewer) wait(ctx context.Context, d time.Duration) (kicked, ended bool
 	}
 }
 
+func pause(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}
+
 func reasonOf(err error) Reason {
 	var e *Error
 	if errors.As(err, &e) {
@@ -137,7 +166,11 @@ func reasonOf(err error) Reason {
 // do not renew together.
 func (id *Identity) renewIn() time.Duration {
 	cert := id.Certificate()
-	life := cert.NotAfter.Sub(cert.NotBefore)
+	begun := cert.NotBefore
+	if at := id.IssuedAt(); at.After(begun) {
+		begun = at // the hub backdates certificates, which says nothing of their life
+	}
+	life := cert.NotAfter.Sub(begun)
 	spread := time.Duration(float64(life) / 20 * (float64(cert.SerialNumber.Bytes()[len(cert.SerialNumber.Bytes())-1]) / 256))
 	return max(0, cert.NotAfter.Add(-life/3-spread).Sub(id.now()))
 }
