@@ -3,8 +3,10 @@ package main
 import (
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/spf13/pflag"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
 
 	"github.com/skerry-io/skerry/cloudhub/tolerations"
@@ -44,6 +46,19 @@ type Config struct {
 	// nothing themselves. The API server of "standalone" gives this. Default 300.
 	DefaultTolerationSeconds int64 `json:"defaultTolerationSeconds,omitempty"`
 
+	// CertLifetime is the life of a node's certificate; the node renews it when
+	// a third is left. Default 2160h (90 days), at least 1m.
+	CertLifetime metav1.Duration `json:"certLifetime,omitempty"`
+	// CertGrace is how long after its end the certificate of a node that is
+	// known and not revoked still gets it a new one, and nothing else, so that
+	// a node that was away comes back without a visit. Default 8760h (a year),
+	// negative for none.
+	CertGrace metav1.Duration `json:"certGrace,omitempty"`
+	// PingMax is the longest silence that a node may ask for on an idle
+	// tunnel. A dead node is missed 25s after it should have spoken. Default
+	// 5m.
+	PingMax metav1.Duration `json:"pingMax,omitempty"`
+
 	// APIServerListen is the API server's address. Default ":6443".
 	APIServerListen string `json:"apiserverListen,omitempty"`
 	// AdvertiseAddress is the API server's IP for others. Default: that of
@@ -75,6 +90,9 @@ func defaultConfig() Config {
 		DataDir:         defaultDataDir,
 		Listen:          ":10443",
 		APIServerListen: ":6443",
+		CertLifetime:    metav1.Duration{Duration: 90 * 24 * time.Hour},
+		CertGrace:       metav1.Duration{Duration: 365 * 24 * time.Hour},
+		PingMax:         metav1.Duration{Duration: 5 * time.Minute},
 		Log:             LogConfig{Level: "info", Format: "text"},
 
 		DefaultTolerationSeconds: tolerations.DefaultSeconds,
@@ -90,6 +108,9 @@ func (c *Config) bind(fs *pflag.FlagSet) {
 	fs.StringSliceVar(&c.ServerNames, "server-names", c.ServerNames, "DNS names and IPs in the hub's certificate (default: this host's)")
 	fs.StringVar(&c.VirtualCIDR, "virtual-cidr", c.VirtualCIDR, "range of the nodes' InternalIPs (default 100.64.0.0/16)")
 	fs.Int64Var(&c.DefaultTolerationSeconds, "default-toleration-seconds", c.DefaultTolerationSeconds, "how long pods that are not kept stay on a silent node")
+	fs.DurationVar(&c.CertLifetime.Duration, "cert-lifetime", c.CertLifetime.Duration, "life of a node's certificate")
+	fs.DurationVar(&c.CertGrace.Duration, "cert-grace", c.CertGrace.Duration, "how long after its end a node's certificate still gets it a new one")
+	fs.DurationVar(&c.PingMax.Duration, "ping-max", c.PingMax.Duration, "longest silence that a node may ask for on an idle tunnel")
 	fs.StringVar(&c.APIServerListen, "apiserver-listen", c.APIServerListen, "address of the API server")
 	fs.StringVar(&c.AdvertiseAddress, "advertise-address", c.AdvertiseAddress, "IP of the API server for others")
 	fs.StringVar(&c.ServiceCIDR, "service-cidr", c.ServiceCIDR, "range of service addresses (default 10.96.0.0/16)")

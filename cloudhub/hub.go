@@ -57,8 +57,12 @@ type hubConfig struct {
 	ServerNames []string
 	VirtualCIDR string
 	Toleration  int64 // seconds, as the cluster's admission gives by default
-	Log         *slog.Logger
-	Edges       func(*edges.Edges) // told once nodes can be reached
+
+	CertLifetime, CertGrace time.Duration // see Config
+	PingMax                 time.Duration
+
+	Log   *slog.Logger
+	Edges func(*edges.Edges) // told once nodes can be reached
 }
 
 // runHub serves edge nodes until ctx ends.
@@ -78,6 +82,7 @@ func runHub(ctx context.Context, cfg hubConfig) error {
 	var e *edges.Edges
 	registry, err := enroll.New(ctx, enroll.Config{
 		Client: client, Namespace: systemNamespace, ServerNames: cfg.ServerNames, VirtualCIDR: cidr,
+		CertLifetime: cfg.CertLifetime, GraceAfterExpiry: cfg.CertGrace,
 		OnRevoked: func(rec enroll.NodeRecord, why enroll.RevokeReason) {
 			e.Cut(rec.Name, rec.Enrollment, "this node's enrolment was "+string(why))
 		},
@@ -106,7 +111,7 @@ func runHub(ctx context.Context, cfg hubConfig) error {
 	objects.Observe(told)
 	e, err = edges.New(edges.Config{
 		Registry: registry, Feed: objects, Upstream: writer, Presence: told, Client: client,
-		Tunnel: tunnel.Config{Log: cfg.Log, Memory: tunnel.NewMemory(windowMemory)}, Log: cfg.Log,
+		Tunnel: tunnel.Config{PingMax: cfg.PingMax, Log: cfg.Log, Memory: tunnel.NewMemory(windowMemory)}, Log: cfg.Log,
 	})
 	if err != nil {
 		return err

@@ -118,8 +118,13 @@ func runStandalone(ctx context.Context, cfg Config, log *slog.Logger) error {
 			ServerNames: cfg.ServerNames,
 			VirtualCIDR: cfg.VirtualCIDR,
 			Toleration:  cfg.DefaultTolerationSeconds,
-			Log:         log,
-			Edges:       func(e *edges.Edges) { nodes.edges.Store(e) },
+
+			CertLifetime: cfg.CertLifetime.Duration,
+			CertGrace:    cfg.CertGrace.Duration,
+			PingMax:      cfg.PingMax.Duration,
+
+			Log:   log,
+			Edges: func(e *edges.Edges) { nodes.edges.Store(e) },
 		})
 	})
 	return g.Wait()
