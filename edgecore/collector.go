@@ -12,6 +12,7 @@ type edgeCollector struct{ status func() Status }
 var (
 	descConnected = desc("connected", "1 while the tunnel to the hub is up.")
 	descDeleted   = desc("node_deleted", "1 while this machine runs on although its Node object was deleted in the cloud.")
+	descCertEnds  = desc("certificate_end_timestamp_seconds", "When the node's certificate ends; it is renewed when a third of its life is left.")
 	descLastSync  = desc("last_sync_timestamp_seconds", "When the store was last known to be in step with the cloud.")
 	descOutbox    = desc("outbox_entries", "Changes made here that the cloud has not confirmed.")
 	descDropped   = desc("outbox_dropped_events_total", "Events dropped because the outbox was full.")
@@ -52,6 +53,7 @@ func (c edgeCollector) Collect(ch chan<- prometheus.Metric) {
 		up = 1
 	}
 	gauge(descConnected, up)
+	gauge(descCertEnds, float64(st.CertificateEnds.Unix()))
 	deleted := 0.0
 	if !st.NodeDeleted.IsZero() {
 		deleted = 1

@@ -6,9 +6,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/utils/ptr"
 	"sigs.k8s.io/yaml"
 
@@ -26,6 +28,7 @@ const (
 	adminSocket  = "edgecore.sock"
 	drillFile    = "drill.json"    // the last drill, or the one under way
 	imagesSocket = "images.sock"   // the kubelet's image service
+	clockFile    = "clock.json"    // a moment that has certainly passed
 	metricsToken = "metrics.token" // bearer token of the loopback metrics
 )
 
@@ -39,6 +42,7 @@ type Config struct {
 	// Hub is the hub's URL if it is not the one the node joined at.
 	Hub string `json:"hub,omitempty"`
 
+	Tunnel   TunnelConfig   `json:"tunnel,omitempty"`
 	Node     NodeConfig     `json:"node,omitempty"`
 	Runtime  RuntimeConfig  `json:"runtime,omitempty"`
 	Kubelet  KubeletConfig  `json:"kubelet,omitempty"`
@@ -47,6 +51,27 @@ type Config struct {
 	Store    StoreConfig    `json:"store,omitempty"`
 	Metrics  MetricsConfig  `json:"metrics,omitempty"`
 	Log      LogConfig      `json:"log,omitempty"`
+}
+
+// TunnelConfig is how the node keeps its tunnel to the hub.
+type TunnelConfig struct {
+	// PingMax is how long an idle tunnel may be silent; default 50s. The hub
+	// takes the node for dead 25s after it should have spoken, and may cap
+	// this. A ping and its answer are 221 bytes: every 50s 11.5 MB a month,
+	// every 230s 2.5 MB.
+	PingMax metav1.Duration `json:"pingMax,omitempty"`
+	// MaxBackoff is the longest wait before the hub is dialled again; default
+	// 30s. A change of the network ends it early.
+	MaxBackoff metav1.Duration `json:"maxBackoff,omitempty"`
+}
+
+func (c TunnelConfig) check() error {
+	for key, d := range map[string]metav1.Duration{"pingMax": c.PingMax, "maxBackoff": c.MaxBackoff} {
+		if d.Duration != 0 && (d.Duration < time.Second || d.Duration > time.Hour) {
+			return fmt.Errorf("tunnel.%s is %v; use 1s to 1h", key, d.Duration)
+		}
+	}
+	return nil
 }
 
 // NodeConfig is how the node appears in the cluster.
@@ -147,6 +172,9 @@ func loadConfig(dataDir string) (Config, error) {
 		if c.APIVersion != configAPIVersion || c.Kind != configKind {
 			return c, fmt.Errorf("configuration %s: apiVersion %q, kind %q; this edgecore reads %q, %q", path, c.APIVersion, c.Kind, configAPIVersion, configKind)
 		}
+	}
+	if err := c.Tunnel.check(); err != nil {
+		return c, fmt.Errorf("configuration %s: %w", path, err)
 	}
 	c.complete(dataDir)
 	return c, nil

@@ -21,8 +21,10 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/skerry-io/skerry/edgecore/autonomy"
+	"github.com/skerry-io/skerry/edgecore/identity"
 	"github.com/skerry-io/skerry/edgecore/link"
 	"github.com/skerry-io/skerry/edgecore/store"
+	"github.com/skerry-io/skerry/edgecore/walltime"
 	"github.com/skerry-io/skerry/metrics"
 	"github.com/skerry-io/skerry/metrics/host"
 )
@@ -31,15 +33,17 @@ import (
 // only root can open; its metrics and the host's there, on a loopback port with
 // a bearer token, and through the tunnel beside the kubelet's.
 type ownServer struct {
-	dataDir string
-	cfg     Config
-	node    string
-	hub     string
-	link    *link.Link
-	store   *store.Store
-	ready   *readiness
-	started time.Time
-	log     *slog.Logger
+	dataDir  string
+	cfg      Config
+	node     string
+	hub      string
+	link     *link.Link
+	store    *store.Store
+	ready    *readiness
+	started  time.Time
+	clock    *walltime.Clock
+	identity *identity.Identity
+	log      *slog.Logger
 
 	socket   net.Listener
 	loopback net.Listener // nil when off
@@ -68,6 +72,10 @@ type Status struct {
 	// the cloud; it needs a new join.
 	NodeDeleted time.Time `json:"nodeDeleted,omitzero"`
 	RTT         string    `json:"rtt,omitempty"`
+
+	CertificateEnds time.Time `json:"certificateEnds"`
+	// ClockOff is by how much this machine's clock is known to be ahead.
+	ClockOff string `json:"clockOff,omitempty"`
 
 	Synced        bool           `json:"synced"` // a complete set was stored once
 	Objects       map[string]int `json:"objects"`
@@ -201,6 +209,10 @@ func (s *ownServer) status() Status {
 	st.StatesDropped = s.store.Outbox().DroppedStates()
 	st.StoreTrouble, st.StoreMended = s.store.Trouble(), s.store.Mended()
 	st.Bytes = bytesNow(s.started, s.store, s.link)
+	st.CertificateEnds = s.identity.Certificate().NotAfter
+	if off := s.clock.Off(); off != 0 {
+		st.ClockOff = off.Round(time.Second).String()
+	}
 	if l.Connected && l.Tunnel.RTT > 0 {
 		st.RTT = l.Tunnel.RTT.String()
 	}

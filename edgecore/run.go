@@ -20,8 +20,10 @@ import (
 	"github.com/skerry-io/skerry/edgecore/identity"
 	"github.com/skerry-io/skerry/edgecore/kubelet"
 	"github.com/skerry-io/skerry/edgecore/link"
+	"github.com/skerry-io/skerry/edgecore/netwatch"
 	"github.com/skerry-io/skerry/edgecore/store"
 	"github.com/skerry-io/skerry/edgecore/tokens"
+	"github.com/skerry-io/skerry/edgecore/walltime"
 	"github.com/skerry-io/skerry/tunnel"
 )
 
@@ -93,31 +95,38 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 	}
 	defer db.Close()
 
+	clock, err := walltime.Open(walltime.Config{Path: filepath.Join(dataDir, clockFile), Least: id.IssuedAt(), Log: log})
+	if err != nil {
+		return err
+	}
+	id.UseClock(clock.Now)
 	if again, err := link.Rejoin(ctx, db, node, id.JoinID(), cfg.Node.Taints); err != nil {
 		return err
 	} else if again {
 		log.Info("this machine has joined again after its Node was deleted in the cloud; registering it anew", "node", node)
 	}
-	renewer, err := identity.NewRenewer(identity.RenewerConfig{Identity: id, HubURL: hub, Log: log})
+	dialer := &tunnel.Dialer{
+		URL: tunnelURL(hub), TLS: id.ClientTLS(),
+		Config:  tunnel.Config{PingMax: cfg.Tunnel.PingMax.Duration, Log: log},
+		Backoff: tunnel.Backoff{Max: cfg.Tunnel.MaxBackoff.Duration},
+		Log:     log,
+	}
+	renewer, err := identity.NewRenewer(identity.RenewerConfig{Identity: id, HubURL: hub, Renewed: dialer.Redial, Log: log})
 	if err != nil {
 		return err
 	}
+	dialer.Retry = func(err error, _ time.Duration) error {
+		// A hub that refuses the certificate may still renew it.
+		var failed *tunnel.DialError
+		if errors.As(err, &failed) && (failed.Reason == tunnel.DialTLS || failed.Reason == tunnel.DialRejected) {
+			renewer.Kick()
+		}
+		return nil
+	}
 	var handler func(context.Context) (http.Handler, error) // for the hub's requests
 	uplink, err := link.New(link.Config{
-		Dialer: &tunnel.Dialer{
-			URL: tunnelURL(hub), TLS: id.ClientTLS(),
-			Config: tunnel.Config{Log: log}, Log: log,
-			Retry: func(err error, _ time.Duration) error {
-				// A hub that refuses the certificate may still renew it.
-				var failed *tunnel.DialError
-				if errors.As(err, &failed) && (failed.Reason == tunnel.DialTLS || failed.Reason == tunnel.DialRejected) {
-					renewer.Kick()
-				}
-				return nil
-			},
-		},
-		Store: db, NodeName: node, Agent: "edgecore/" + version, Log: log,
-		JoinID: id.JoinID(), WhenDeleted: cfg.Node.WhenDeleted,
+		Dialer: dialer, Store: db, NodeName: node, Agent: "edgecore/" + version, Log: log,
+		JoinID: id.JoinID(), WhenDeleted: cfg.Node.WhenDeleted, HubTime: clock.Learn,
 		Kubelet: func(ctx context.Context) (http.Handler, error) { return handler(ctx) },
 	})
 	if err != nil {
@@ -125,7 +134,7 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 	}
 	source, err := tokens.New(tokens.Config{
 		Store: db, NodeName: node, KeyFile: filepath.Join(dataDir, issuerFile),
-		Cloud: link.NewCloudTokens(uplink), Log: log,
+		Cloud: link.NewCloudTokens(uplink), Clock: clock.Now, Off: clock.Off, Log: log,
 	})
 	if err != nil {
 		return err
@@ -159,7 +168,7 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 		return err
 	}
 
-	own := &ownServer{dataDir: dataDir, cfg: cfg, node: node, hub: hub, link: uplink, store: db, ready: ready, started: started, log: log}
+	own := &ownServer{dataDir: dataDir, cfg: cfg, node: node, hub: hub, link: uplink, store: db, ready: ready, started: started, clock: clock, identity: id, log: log}
 	if err := own.listen(); err != nil {
 		return err
 	}
@@ -202,6 +211,8 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 	})
 	g.Go(func() error { return uplink.Run(ctx) })
 	g.Go(func() error { return renewer.Run(ctx) })
+	g.Go(func() error { return clock.Run(ctx) })
+	g.Go(func() error { return netwatch.Run(ctx, uplink.NetworkChanged) })
 	return g.Wait()
 }
 

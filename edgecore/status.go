@@ -86,6 +86,9 @@ func printStatus(w io.Writer, st Status) {
 	} else {
 		fmt.Fprintf(w, "hub       %s, not connected for %s: %s\n", st.Hub, ago(st.Since), st.LastError)
 	}
+	if st.ClockOff != "" {
+		fmt.Fprintf(w, "clock     this machine's clock is off by %s; certificates and tokens go by the last time known from the hub\n", st.ClockOff)
+	}
 	switch {
 	case !st.Synced:
 		fmt.Fprintf(w, "store     waiting for the first sync; no pod starts before it\n")

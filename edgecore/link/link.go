@@ -43,7 +43,9 @@ type Config struct {
 	// WhenDeleted says what becomes of the pods when the Node is deleted in
 	// the cloud; empty means KeepPods.
 	WhenDeleted WhenDeleted
-	Log         *slog.Logger // nil discards
+	// HubTime is told the hub's clock with each welcome; nil means nobody cares.
+	HubTime func(now time.Time)
+	Log     *slog.Logger // nil discards
 
 	stall time.Duration // stallTimeout, but in tests
 }

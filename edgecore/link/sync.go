@@ -246,8 +246,8 @@ func (l *Link) greet(ctx context.Context, conn *edgeapi.Conn) error {
 		l.mu.Lock()
 		l.state.Hub = m.Agent
 		l.mu.Unlock()
-		if off := time.Since(m.Now); off > time.Minute || off < -time.Minute {
-			l.log.Warn("this node's clock differs from the hub's", "offset", off.Round(time.Second))
+		if l.cfg.HubTime != nil {
+			l.cfg.HubTime(m.Now)
 		}
 		return nil
 	case edgeapi.Goodbye:
