@@ -423,6 +423,27 @@ func TestDialErrors(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
+	t.Run("name servers that do not answer", func(t *testing.T) {
+		silent, err := net.ListenPacket("udp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer silent.Close()
+		resolver := &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "udp", silent.LocalAddr().String())
+		}}
+		d := &Dialer{
+			URL: "https://hub.example:10443", TLS: certs.edgeTLS(), Timeout: 200 * time.Millisecond,
+			NetDial: (&net.Dialer{Resolver: resolver}).DialContext,
+		}
+		start := time.Now()
+		_, err = d.Dial(t.Context())
+		var de *DialError
+		if !errors.As(err, &de) || de.Reason != DialDNS || time.Since(start) > 5*time.Second {
+			t.Errorf("got %v after %v", err, time.Since(start))
+		}
+		t.Log(err)
+	})
 	t.Run("cancelled", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		time.AfterFunc(50*time.Millisecond, cancel)

@@ -363,3 +363,35 @@ func TestBytesAreCountedWhileConnected(t *testing.T) {
 		t.Errorf("after a second conversation %+v, before %+v", two, one)
 	}
 }
+
+// The hub's clock is passed on with each welcome.
+func TestTheHubsTime(t *testing.T) {
+	told := make(chan time.Time, 4)
+	r := newRig(t, openStore(t), func(c *Config) { c.HubTime = func(now time.Time) { told <- now } })
+	at := time.Date(2031, 1, 2, 3, 4, 5, 0, time.UTC)
+	r.hello().send(edgeapi.Welcome{Version: edgeapi.Version, Agent: "hub/test", NodeName: "edge-1", Now: at})
+	select {
+	case got := <-told:
+		if !got.Equal(at) {
+			t.Errorf("told %v", got)
+		}
+	case <-time.After(soon):
+		t.Fatal("not told")
+	}
+}
+
+// A change of the network ends the wait for the next dial, and tests a tunnel
+// that is up.
+func TestNetworkChanged(t *testing.T) {
+	r := newRig(t, openStore(t), func(c *Config) {
+		c.Dialer.Backoff = tunnel.Backoff{First: time.Hour, Base: time.Hour, Max: time.Hour}
+	})
+	c := r.synced()
+	before := c.session.Stats().FramesIn
+	r.NetworkChanged()
+	r.await("a ping", func() bool { return c.session.Stats().FramesIn > before })
+	c.session.Close()
+	r.await("the cut", func() bool { return !r.State().Connected })
+	r.NetworkChanged()
+	r.synced()
+}
