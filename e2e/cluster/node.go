@@ -238,7 +238,8 @@ type Status struct {
 	Outbox    int       `json:"outbox"`
 
 	EventsDropped uint64    `json:"eventsDropped"`
-	NodeDeleted   time.Time `json:"nodeDeleted"`
+	NodeDeleted     time.Time `json:"nodeDeleted"`
+	CertificateEnds time.Time `json:"certificateEnds"`
 
 	Objects map[string]int `json:"objects"`
 
