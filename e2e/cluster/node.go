@@ -237,7 +237,7 @@ type Status struct {
 	LastError string    `json:"lastError"`
 	Outbox    int       `json:"outbox"`
 
-	EventsDropped uint64    `json:"eventsDropped"`
+	EventsDropped   uint64    `json:"eventsDropped"`
 	NodeDeleted     time.Time `json:"nodeDeleted"`
 	CertificateEnds time.Time `json:"certificateEnds"`
 

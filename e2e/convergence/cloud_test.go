@@ -36,6 +36,11 @@ var kinds = map[string]schema.GroupVersionKind{
 	"csidrivers":             {Group: "storage.k8s.io", Version: "v1", Kind: "CSIDriver"},
 	"csinodes":               {Group: "storage.k8s.io", Version: "v1", Kind: "CSINode"},
 	"leases":                 {Group: "coordination.k8s.io", Version: "v1", Kind: "Lease"},
+	"serviceaccounts":        {Version: "v1", Kind: "ServiceAccount"},
+	"roles":                  {Group: "rbac.authorization.k8s.io", Version: "v1", Kind: "Role"},
+	"rolebindings":           {Group: "rbac.authorization.k8s.io", Version: "v1", Kind: "RoleBinding"},
+	"clusterroles":           {Group: "rbac.authorization.k8s.io", Version: "v1", Kind: "ClusterRole"},
+	"clusterrolebindings":    {Group: "rbac.authorization.k8s.io", Version: "v1", Kind: "ClusterRoleBinding"},
 }
 
 // object is what every typed object of the scheme is.
