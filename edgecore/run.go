@@ -212,7 +212,12 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 	g.Go(func() error { return uplink.Run(ctx) })
 	g.Go(func() error { return renewer.Run(ctx) })
 	g.Go(func() error { return clock.Run(ctx) })
-	g.Go(func() error { return netwatch.Run(ctx, uplink.NetworkChanged) })
+	g.Go(func() error {
+		if err := netwatch.Run(ctx, uplink.NetworkChanged); err != nil {
+			log.Warn("changes of the network are not seen; the hub is dialled at the backoff's pace", "err", err)
+		}
+		return nil
+	})
 	return g.Wait()
 }
 

@@ -13,6 +13,17 @@
 // stream ends with an error; nothing is promised between streams. Write returns
 // when its bytes are in a message on their way, not when the peer has them.
 //
+// On a bad link every wait ends: an attempt to dial after Dialer.Timeout (30 s,
+// name servers, proxy, TLS and upgrade together), a peer's first message after
+// HelloTimeout (20 s), a ping after PongTimeout (20 s), data that the network
+// does not acknowledge after 20 s. The hub drops an edge that it has not heard
+// for its announced interval and DeadGrace (75 s by default). Between attempts
+// the edge waits at random up to a bound that doubles to Backoff.Max (30 s), so
+// that it dials a few times a minute whatever answers, and is back at most that
+// long after the link is; Dialer.Kick, on a change of the network, ends the wait.
+// A session that did not live for Backoff.Lived (1 min) counts as a failure, so
+// that a link that flaps is no reason to dial more.
+//
 // The package knows nothing of Kubernetes, authenticates nobody (the caller's
 // TLS configuration does) and starts no listener.
 //

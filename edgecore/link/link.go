@@ -7,7 +7,10 @@
 // acknowledged, what goes up leaves the outbox only when the API server has
 // answered. The node runs without it.
 //
-// It never starts or stops a pod, never reads the kubelet's objects other than
+// A Node that is deleted in the cloud ends what the link does until this machine
+// has joined again, see membership.go. A hub that stalls is left, see stall.go.
+//
+// It never starts a pod, stops one only as WhenDeleted says, never reads the kubelet's objects other than
 // through the store, and never decides who may call the kubelet: the hub is
 // the only peer, authenticated by TLS, and has checked the caller.
 package link

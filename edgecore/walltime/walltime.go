@@ -182,8 +182,11 @@ func (c *Clock) Run(ctx context.Context) error {
 func (c *Clock) keep() error {
 	c.mu.Lock()
 	floor, kept := c.knownLocked().Truncate(time.Second), c.kept
+	// A floor that a hub with a wrong clock once gave is taken back when a hub
+	// and this machine agree about an earlier time.
+	agreed := c.learnt && c.cfg.Wall().Round(0).Sub(floor).Abs() <= tolerance
 	c.mu.Unlock()
-	if floor.IsZero() || floor.Sub(kept) < keepEvery {
+	if ahead := floor.Sub(kept); floor.IsZero() || ahead < keepEvery && !(agreed && ahead < -keepEvery) {
 		return nil
 	}
 	if err := write(c.cfg.Path, floor); err != nil {

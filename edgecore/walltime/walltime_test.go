@@ -100,6 +100,30 @@ func TestJumps(t *testing.T) {
 	near(t, "the floor", h.open(t, path, time.Time{}).Now(), truth)
 }
 
+// A hub's wrong clock is not kept for good.
+func TestAFloorTooHighIsTakenBack(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "clock.json")
+	h := &hands{wall: truth}
+	c := h.open(t, path, issued)
+	wrong := truth.Add(300 * 24 * time.Hour)
+	c.Learn(wrong)
+	near(t, "by the hub", c.Now(), wrong)
+	if err := c.keep(); err != nil {
+		t.Fatal(err)
+	}
+	h.wall = epoch // one of the two alone is no proof
+	c.Learn(truth)
+	if err := c.keep(); err != nil {
+		t.Fatal(err)
+	}
+	near(t, "the floor", h.open(t, path, issued).Now(), wrong)
+	h.wall = truth
+	if err := c.keep(); err != nil {
+		t.Fatal(err)
+	}
+	near(t, "the floor", h.open(t, path, issued).Now(), truth)
+}
+
 func TestTheFloorIsWrittenRarely(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "clock.json")
