@@ -76,12 +76,11 @@ type Config struct {
 	// zero means 20 s.
 	HelloTimeout time.Duration
 
-	// DeadFactor times the announced ping interval is the silence after which
-	// the hub takes the session for dead, but no more than DeadGrace beyond the
-	// interval. Zero means 2.5 and 25 s: an edge that lives has by then given
-	// up on its own ping (PongTimeout).
-	DeadFactor float64
-	DeadGrace  time.Duration
+	// DeadGrace is the silence beyond the announced ping interval after which
+	// the hub takes the session for dead. Zero means 25 s: an edge that lives
+	// has by then given up on its own ping (PongTimeout), so that the hub never
+	// ends a session that only has a bad link.
+	DeadGrace time.Duration
 
 	// CloseGrace is how long a closing session tries to tell the peer why;
 	// zero means 250 ms.
@@ -132,9 +131,6 @@ func (c Config) withDefaults(hub bool) (Config, error) {
 			c.WindowBudget = 16 << 20
 		}
 	}
-	if c.DeadFactor == 0 {
-		c.DeadFactor = 2.5
-	}
 	setDuration(&c.DeadGrace, 25*time.Second)
 	if c.Memory == nil {
 		c.Memory = NewMemory(0)
@@ -144,8 +140,6 @@ func (c Config) withDefaults(hub bool) (Config, error) {
 		return c, errors.New("tunnel: MaxStreams and AcceptBacklog must not be negative")
 	case c.MaxWindow < InitialWindow:
 		return c, fmt.Errorf("tunnel: MaxWindow %d is below the protocol's %d", c.MaxWindow, InitialWindow)
-	case c.DeadFactor < 1:
-		return c, fmt.Errorf("tunnel: DeadFactor %v is below 1", c.DeadFactor)
 	case c.BusyPing < 0 || c.PingMax < 0 || c.PingInterval < 0 || c.PingStep < 0 ||
 		c.PongTimeout < 0 || c.DeadGrace < 0 || c.HelloTimeout < 0 || c.CloseGrace < 0 || c.WindowBudget < 0:
 		return c, errors.New("tunnel: durations and budgets must not be negative")

@@ -13,8 +13,8 @@ import (
 //
 // Only the edge pings, and only when it has sent or heard nothing for the
 // interval; each ping announces the next interval. The hub merely checks that
-// it heard something within DeadFactor announced intervals, or DeadGrace after
-// one if that is sooner. Any traffic counts.
+// it heard something within the announced interval and DeadGrace. Any traffic
+// counts.
 type keepalive struct {
 	timer     *time.Timer
 	greeted   bool
@@ -142,10 +142,7 @@ func (s *Session) checkEdgeLocked(now int64) (dead string) {
 }
 
 // silenceLocked is how long the hub bears to hear nothing.
-func (s *Session) silenceLocked() time.Duration {
-	promised := s.keep.announced
-	return min(time.Duration(float64(promised)*s.cfg.DeadFactor), promised+s.cfg.DeadGrace)
-}
+func (s *Session) silenceLocked() time.Duration { return s.keep.announced + s.cfg.DeadGrace }
 
 // Probe asks the hub for a sign of life now, as after a change of the network,
 // in place of at the next ping: without one within Config.PongTimeout the

@@ -211,8 +211,8 @@ func TestHalfOpenLinkIsNoticedSoonWhenBusy(t *testing.T) {
 			t.Errorf("edge took %v", took)
 		}
 		<-hub.Done()
-		if took := time.Since(start); took > 26*time.Second {
-			t.Errorf("hub took %v", took)
+		if took := time.Since(start); took > 36*time.Second || took < 30*time.Second {
+			t.Errorf("hub took %v; an edge that lives has given up by 30 s", took)
 		}
 		if _, err := near.Read(make([]byte, 1)); err == nil {
 			t.Error("the stream lives")

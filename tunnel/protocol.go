@@ -50,7 +50,7 @@ import (
 //	PING   7  payload: 8-byte stamp, uvarint interval in milliseconds. The
 //	          receiver answers PONG with the stamp. An edge's interval says
 //	          that it will be heard again within that time; the hub takes the
-//	          session for dead when it heard nothing for 2.5 times as long. A
+//	          session for dead when it heard nothing for 25 s longer. A
 //	          hub sends 0, which promises nothing.
 //	PONG   8  payload: the 8-byte stamp.
 //	GOAWAY 9  payload: uvarint code, uvarint deadline in ms, uvarint slot in ms,
