@@ -24,7 +24,9 @@ type Bytes struct {
 	Since time.Time  `json:"since"`
 	Disk  store.Wear `json:"disk"` // the store
 	// Process is what the kernel counts for the whole process: the store, the
-	// kubelet's files and the identity's, without the file system's own.
+	// kubelet's files and the identity's, without the file system's own. It
+	// counts what became dirty in the page cache by its unit there, which may be
+	// several pages for one that was written: an upper bound.
 	Process  uint64            `json:"process"`
 	Sent     map[string]uint64 `json:"sent"` // over all tunnels, by class
 	Received map[string]uint64 `json:"received"`
@@ -65,8 +67,9 @@ func newBytesCommand() *cobra.Command {
 		Short: "Tell what the running node wrote to the disk and sent over the link",
 		Long: `Tell what the running node wrote to the disk and sent over the link since
 edgecore started, and what that makes in a day. The store's bytes are those of
-whole pages, shared out among the records in them; what the file system adds of
-its own is in neither.`,
+whole pages, shared out among the records in them. The process's are the kernel's
+count, an upper bound: it takes a larger unit than a page on some file systems.
+What the file system writes of its own is in neither.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			st, _, err := askStatus(c.Context(), dataDir)
