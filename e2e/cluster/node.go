@@ -248,6 +248,10 @@ type Status struct {
 		Cause string `json:"cause"`
 		Pods  int    `json:"pods"`
 	} `json:"storeMended"`
+	// StoreTrouble tells why the disk takes no writes.
+	StoreTrouble *struct {
+		Error string `json:"error"`
+	} `json:"storeTrouble"`
 	// Bytes is what "edgecore bytes -o json" tells.
 	Bytes struct {
 		Disk struct {
@@ -267,17 +271,16 @@ type Status struct {
 // start a program each time. URLs have the host "edgecore". It serves through
 // restarts of edgecore and of the machine.
 func (n *Node) AdminClient() *http.Client {
-	path := n.Disk(filepath.Join(EdgeDataDir, "edgecore.sock"))
 	return &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			dir, err := os.Open(filepath.Dir(path))
+			dir, err := os.Open(n.Path(EdgeDataDir)) // as the machine mounts it
 			if err != nil {
 				return nil, err
 			}
 			defer dir.Close()
 			var d net.Dialer // the path of a unix socket must be short
-			return d.DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), filepath.Base(path)))
+			return d.DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), "edgecore.sock"))
 		},
 	}}
 }
