@@ -268,8 +268,8 @@ func TestFlappingIsBounded(t *testing.T) {
 	}
 }
 
-func TestAThousandAtOnce(t *testing.T) {
-	const many = 1000
+func TestManyAtOnce(t *testing.T) {
+	const many = 10 * writesPerSecond // the fake cluster is slow
 	run(t, many, func(r *rig, restart func() *rig) {
 		for i := range many {
 			r.Greeted(name(i), edgeapi.Hello{})
@@ -278,8 +278,8 @@ func TestAThousandAtOnce(t *testing.T) {
 		if n := r.w.count(); n > 2*writesPerSecond+1 {
 			t.Errorf("%d writes in a second", n)
 		}
-		r.pass(time.Minute)
-		r.wrote("a thousand connected", many)
+		r.pass(many / writesPerSecond * time.Second)
+		r.wrote("all connected", many)
 		lost := time.Now()
 		for i := range many {
 			r.Away(name(i), Absence{Heard: lost, Reason: ReasonBroken})
@@ -288,8 +288,8 @@ func TestAThousandAtOnce(t *testing.T) {
 		if n := r.w.count() - many; n > 2*writesPerSecond+1 || n == 0 {
 			t.Errorf("%d writes in the first second", n)
 		}
-		r.pass(time.Minute)
-		r.wrote("a thousand lost", 2*many)
+		r.pass(many / writesPerSecond * time.Second)
+		r.wrote("all lost", 2*many)
 		for i := range many {
 			r.want(name(i), corev1.ConditionFalse, ReasonBroken, lost)
 			r.Greeted(name(i), edgeapi.Hello{})
