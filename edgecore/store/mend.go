@@ -43,11 +43,14 @@ func mend(cfg Config, sealer *sealer, said *ledgerPage, cause error) (*Mended, e
 	}
 	v := newSalvage(sealer, said.StoreID)
 	inFile := v.file(cfg.Path)
-	v.file(goodPath(cfg.Path))
+	copied := v.file(goodPath(cfg.Path))
 	if v.keyWrong && !v.keyRight {
 		return nil, fmt.Errorf("key file %s is not the one this store was made with", cfg.KeyFile)
 	}
 	c, err := v.contents(said)
+	if err != nil && copied {
+		err = fmt.Errorf("%w (the copy is %s; were it put back, these pods' containers would be stopped)", err, goodPath(cfg.Path))
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -8,8 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"time"
-
-	bolt "go.etcd.io/bbolt"
 )
 
 // Reset removes a store: database, ledger, copies and key. The next Open makes a new,
@@ -84,18 +82,14 @@ func (s *Store) Backup(to string) error {
 	if err != nil {
 		return fmt.Errorf("store %s: backup: %w", s.cfg.Path, err)
 	}
-	err = s.db.View(func(tx *bolt.Tx) error {
-		_, err := tx.WriteTo(f)
-		return err
-	})
-	if err == nil {
-		err = f.Sync()
+	if err = f.Close(); err == nil {
+		_, err = writeFresh(to, s.sealer, s.snapshot())
 	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
+	if err == nil {
+		err = syncDir(filepath.Dir(to))
 	}
 	if err != nil {
-		return errors.Join(fmt.Errorf("store %s: backup to %s: %w", s.cfg.Path, to, err), os.Remove(to))
+		return fmt.Errorf("store %s: backup to %s: %w", s.cfg.Path, to, err)
 	}
 	return nil
 }
