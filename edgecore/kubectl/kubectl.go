@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 	"k8s.io/cli-runtime/pkg/genericclioptions"
 	"k8s.io/cli-runtime/pkg/genericiooptions"
+	"k8s.io/client-go/rest"
 	"k8s.io/component-base/cli"
 	"k8s.io/kubectl/pkg/cmd/apiresources"
 	"k8s.io/kubectl/pkg/cmd/attach"
@@ -73,7 +74,8 @@ func findKubeconfig(path string) (string, error) {
 func newKubectl(kubeconfig string, args []string, streams genericiooptions.IOStreams) *cobra.Command {
 	flags := genericclioptions.NewConfigFlags(true).WithDiscoveryBurst(300).WithDiscoveryQPS(50).WithWarningPrinter(streams)
 	flags.KubeConfig = &kubeconfig
-	f := util.NewFactory(flags)
+	// It also fills in what some commands take for granted.
+	f := util.NewFactory(util.NewMatchVersionFlags(flags))
 	root := &cobra.Command{
 		Use:   "kubectl",
 		Short: "kubectl against this node's local API",
@@ -84,6 +86,16 @@ at the cluster, and comes down to the node by itself.`,
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
 	flags.AddFlags(root.PersistentFlags())
+	// As kubectl has them: each warning once, on stderr.
+	warnings := rest.NewWarningWriter(streams.ErrOut, rest.WarningWriterOptions{Deduplicate: true})
+	rest.SetDefaultWarningHandler(warnings)
+	strict := root.PersistentFlags().Bool("warnings-as-errors", false, "Treat warnings received from the server as errors and exit with a non-zero exit code")
+	root.PersistentPostRunE = func(*cobra.Command, []string) error {
+		if n := warnings.WarningCount(); *strict && n > 0 {
+			return fmt.Errorf("%d warnings received", n)
+		}
+		return nil
+	}
 	root.AddCommand(
 		get.NewCmdGet("kubectl", f, streams),
 		describe.NewCmdDescribe("kubectl", f, streams),
