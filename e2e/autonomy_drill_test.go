@@ -88,7 +88,7 @@ func TestDrill(t *testing.T) {
 	pid := n.EdgecorePID()
 	awaitAutonomy(t, n, corev1.ConditionTrue, "every pod would start again")
 
-	const offline = 30 * time.Second
+	const offline = 20 * time.Second
 	report, res := runDrill(t, n, "--offline", offline.String(), "--reboot", "-n", ns)
 	if res.Code != 0 || !report.Passed || report.Problem != "" {
 		t.Fatalf("exit %d: %s\n%s", res.Code, res.Stdout, res.Stderr)
@@ -145,7 +145,7 @@ func TestDrill(t *testing.T) {
 	if now := mustRun(t, eye, ns); !sameContainers(now, back) {
 		t.Errorf("a drill that was refused restarted pods:\n%v\n%v", back, now)
 	}
-	report, res = runDrill(t, n, "--offline", "20s", "--reboot", "-n", ns, "--force")
+	report, res = runDrill(t, n, "--offline", "15s", "--reboot", "-n", ns, "--force")
 	if res.Code != 1 || report.Passed {
 		t.Errorf("exit %d: %s\n%s", res.Code, res.Stdout, res.Stderr)
 	}
