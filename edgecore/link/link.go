@@ -10,9 +10,10 @@
 // A Node that is deleted in the cloud ends what the link does until this machine
 // has joined again, see membership.go. A hub that stalls is left, see stall.go.
 //
-// It never starts a pod, stops one only as WhenDeleted says, never reads the kubelet's objects other than
-// through the store, and never decides who may call the kubelet: the hub is
-// the only peer, authenticated by TLS, and has checked the caller.
+// It never starts a pod, stops one only as WhenDeleted says, never reads the
+// kubelet's objects other than through the store, and never decides who may call
+// the kubelet: the hub is the only peer, authenticated by TLS, and has checked
+// the caller.
 package link
 
 import (
