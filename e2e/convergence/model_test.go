@@ -17,6 +17,8 @@ import (
 	"k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/klog/v2"
+
+	"github.com/skerry-io/skerry/tunnel/edgeapi"
 )
 
 var (
@@ -232,7 +234,9 @@ func (w *world) nodeIsAway(k key) {
 		switch o := o.(type) {
 		case *corev1.Node:
 			for i := range o.Status.Conditions {
-				o.Status.Conditions[i].Status = corev1.ConditionUnknown
+				if o.Status.Conditions[i].Type == corev1.NodeReady {
+					o.Status.Conditions[i].Status = corev1.ConditionUnknown
+				}
 			}
 		case *corev1.Pod:
 			for i := range o.Status.Conditions {
@@ -376,6 +380,8 @@ func comparable(o object) object {
 	case *corev1.Node:
 		o.Status.Addresses = nil // the hub publishes one of its own
 		o.Status.DaemonEndpoints = corev1.NodeDaemonEndpoints{}
+		// Each side has its own view of the tunnel.
+		o.Status.Conditions = slices.DeleteFunc(o.Status.Conditions, func(c corev1.NodeCondition) bool { return c.Type == edgeapi.ConditionConnected })
 	}
 	return o
 }

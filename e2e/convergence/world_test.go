@@ -28,6 +28,7 @@ import (
 	"github.com/skerry-io/skerry/cloudhub/edges"
 	"github.com/skerry-io/skerry/cloudhub/enroll"
 	"github.com/skerry-io/skerry/cloudhub/feed"
+	"github.com/skerry-io/skerry/cloudhub/presence"
 	"github.com/skerry-io/skerry/cloudhub/upstream"
 	"github.com/skerry-io/skerry/edgecore/apifacade"
 	"github.com/skerry-io/skerry/edgecore/link"
@@ -65,7 +66,14 @@ func startHub(t *testing.T, c *cloud) *hub {
 	must(t, err)
 	up, err := upstream.New(upstream.Config{REST: rc, Groups: true, Addresses: registry{}, Timeout: 10 * time.Second})
 	must(t, err)
-	e, err := edges.New(edges.Config{Registry: registry{}, Feed: f, Upstream: up, Client: client, Tunnel: tunnel.Config{CloseGrace: 20 * time.Millisecond}})
+	known := make(chan struct{})
+	close(known)
+	told, err := presence.New(presence.Config{
+		Client: client, Writer: up, Nodes: f.Nodes(), Enrolled: func(string) bool { return true }, Known: known,
+	})
+	must(t, err)
+	f.Observe(told)
+	e, err := edges.New(edges.Config{Registry: registry{}, Feed: f, Upstream: up, Presence: told, Client: client, Tunnel: tunnel.Config{CloseGrace: 20 * time.Millisecond}})
 	must(t, err)
 
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -90,6 +98,7 @@ func startHub(t *testing.T, c *cloud) *hub {
 	var running sync.WaitGroup
 	running.Go(func() { _ = f.Run(ctx) })
 	running.Go(func() { _ = e.Run(ctx) })
+	running.Go(func() { _ = told.Run(ctx) })
 	t.Cleanup(func() { cancel(); running.Wait(); api.CloseClientConnections() })
 	return &hub{
 		url:   srv.URL + "/v1/tunnel",
