@@ -272,13 +272,14 @@ func at(r *rig, d time.Duration) *jwt.NumericDate { return jwt.NewNumericDate(r.
 func TestAfterAReboot(t *testing.T) {
 	r := newRig(t)
 	cloud, before := r.cloudToken(t, "shop", "a", reader), r.ca.pem
+	earlier := r.edgeToken(t, "shop", "a", reader)
 	r.stop()
 	r.now = time.Unix(3600, 0)
 	r.start(t)
 	if !bytes.Equal(r.ca.pem, before) {
 		t.Error("another authority")
 	}
-	for name, token := range map[string]string{"cloud": cloud, "edge": r.edgeToken(t, "shop", "a", reader)} {
+	for name, token := range map[string]string{"cloud": cloud, "edge": r.edgeToken(t, "shop", "a", reader), "edge, from before": earlier} {
 		pods, err := client(t, r.podConfig(token)).CoreV1().Pods("shop").List(t.Context(), list)
 		if err != nil || len(pods.Items) != 2 {
 			t.Errorf("%s: %v", name, err)
