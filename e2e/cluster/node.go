@@ -145,6 +145,14 @@ func (n *Node) Edgecore(ctx context.Context, args ...string) (Result, error) {
 	return n.Command(ctx, nil, append([]string{edgecore}, append(args, "--data-dir", EdgeDataDir)...)...)
 }
 
+// Kubectl runs kubectl on the machine, against what the node has.
+func (n *Node) Kubectl(ctx context.Context, args ...string) (Result, error) {
+	return n.Command(ctx, nil, append([]string{edgecore, "kubectl"}, args...)...)
+}
+
+// KubectlCommand is the command line of such a kubectl.
+func KubectlCommand(args ...string) []string { return append([]string{edgecore, "kubectl"}, args...) }
+
 // Command runs a program inside the machine and keeps its streams apart.
 func (n *Node) Command(ctx context.Context, stdin io.Reader, args ...string) (Result, error) {
 	var stdout, stderr syncBuffer

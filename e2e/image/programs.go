@@ -9,10 +9,11 @@ import (
 	"strings"
 )
 
-// Names of the images that Demo and Pause build.
+// Names of the images that Demo, Pause and InCluster build.
 const (
-	DemoName  = "localhost/skerry/demo:1"
-	PauseName = "localhost/skerry/pause:1"
+	DemoName      = "localhost/skerry/demo:1"
+	PauseName     = "localhost/skerry/pause:1"
+	InClusterName = "localhost/skerry/incluster:1"
 )
 
 const programs = "github.com/skerry-io/skerry/e2e/image/"
@@ -46,6 +47,16 @@ func Pause(ctx context.Context, dir string) (string, error) {
 		Entrypoint: []string{"/bin/pause"},
 		User:       "65534:65534",
 		Out:        filepath.Join(dir, "pause.tar"),
+	})
+}
+
+// InCluster builds the image of a client of the Kubernetes API in dir and
+// returns the archive's path.
+func InCluster(ctx context.Context, dir string) (string, error) {
+	return buildProgram(ctx, dir, "incluster", Spec{
+		Name:       InClusterName,
+		Entrypoint: []string{"/bin/incluster"},
+		Out:        filepath.Join(dir, "incluster.tar"),
 	})
 }
 
