@@ -2,11 +2,13 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
@@ -74,7 +76,7 @@ func (s *soak) atRest(ctx context.Context, when string) error {
 
 // disagreement tells the first thing that is not as it must be at rest.
 func (s *soak) disagreement(ctx context.Context) string {
-	for _, look := range []func(context.Context) (string, error){s.nodesDiffer, s.workloadsDiffer, s.jobsDiffer, s.podsDiffer} {
+	for _, look := range []func(context.Context) (string, error){s.nodesDiffer, s.workloadsDiffer, s.jobsDiffer, s.podsDiffer, s.statusesDiffer} {
 		m, err := look(ctx)
 		if err != nil {
 			return err.Error()
@@ -254,6 +256,64 @@ func (s *soak) nodeDiffers(ctx context.Context, n *edge, pods []corev1.Pod) (str
 		return fmt.Sprintf("%s has a sandbox of the pod with UID %s, which nobody wants", n.Name(), uid), nil
 	}
 	return "", nil
+}
+
+// statusesDiffer compares what the cloud says of pods with what their nodes say,
+// word by word.
+func (s *soak) statusesDiffer(ctx context.Context) (string, error) {
+	list, err := s.cloud.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return "", err
+	}
+	for _, n := range s.nodes {
+		res, err := n.Kubectl(ctx, "get", "pods", "-n", namespace, "-o", "json")
+		if err != nil {
+			return "", err
+		}
+		if res.Code != 0 {
+			return "", fmt.Errorf("edgecore kubectl get pods on %s: exit %d: %s", n.Name(), res.Code, res.Stderr)
+		}
+		var local corev1.PodList
+		if err := json.Unmarshal([]byte(res.Stdout), &local); err != nil {
+			return "", fmt.Errorf("edgecore kubectl get pods on %s: %w", n.Name(), err)
+		}
+		there := map[string]*corev1.Pod{}
+		for i := range local.Items {
+			there[local.Items[i].Name] = &local.Items[i]
+		}
+		for _, p := range list.Items {
+			if p.Spec.NodeName != n.Name() {
+				continue
+			}
+			l := there[p.Name]
+			if l == nil || l.UID != p.UID {
+				return fmt.Sprintf("pod %s (uid %s) is not in the store of %s", p.Name, p.UID, n.Name()), nil
+			}
+			if !equality.Semantic.DeepEqual(p.Status, l.Status) {
+				return fmt.Sprintf("pod %s: status in the cloud and on %s: %s", p.Name, n.Name(), differing(p.Status, l.Status)), nil
+			}
+			delete(there, p.Name)
+		}
+		for name := range there {
+			return fmt.Sprintf("the store of %s has a pod %s that the cloud has not", n.Name(), name), nil
+		}
+	}
+	return "", nil
+}
+
+// differing shows both from where they differ.
+func differing(cloud, node corev1.PodStatus) string {
+	a, aerr := json.Marshal(cloud)
+	b, berr := json.Marshal(node)
+	if aerr != nil || berr != nil {
+		return fmt.Sprint(aerr, berr)
+	}
+	at := 0
+	for at < min(len(a), len(b)) && a[at] == b[at] {
+		at++
+	}
+	at = max(0, at-60)
+	return fmt.Sprintf("…%.300s | …%.300s", a[at:], b[at:])
 }
 
 func isReady(p *corev1.Pod) bool {

@@ -79,7 +79,7 @@ func (s *soak) faultTable(b *strings.Builder) {
 		all = append(all, took...)
 	}
 	line("**all**", n, all)
-	fmt.Fprintf(b, "\n## At rest\n\nFrom the end of all faults and changes until cloud, nodes and containers agree: each pod, its UID, container and restart count; "+
+	fmt.Fprintf(b, "\n## At rest\n\nFrom the end of all faults and changes until cloud, nodes and containers agree: each pod, its UID, container, restart count and whole status; "+
 		"workloads complete; outboxes empty. And until every mounted ConfigMap is the newest.\n\n| | times | median | p95 | max |\n|---|---|---|---|---|\n")
 	line("all agree", len(s.t.agreement), s.t.agreement)
 	line("mounts renewed after that", len(s.t.mounts), s.t.mounts)
