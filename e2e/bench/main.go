@@ -29,7 +29,7 @@ func main() {
 	only := flag.String("only", "", "comma-separated parts: size,boot,demo,pods,logs,cost,cold,resync,disk (default all)")
 	kubelet := flag.String("kubelet", "", "a plain upstream kubelet to compare with; make bench builds one")
 	settle := flag.Duration("settle", 60*time.Second, "idle time over which memory and processor are read")
-	idle := flag.Duration("idle", 5*time.Minute, "idle time over which bytes to disk are counted")
+	idle := flag.Duration("idle", 10*time.Minute, "idle time over which bytes to disk are counted")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()

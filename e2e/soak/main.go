@@ -65,7 +65,11 @@ func soakAndReport(ctx context.Context, cfg config) (ok bool, err error) {
 		return false, err
 	}
 	err = s.run(ctx)
-	if err != nil {
+	interrupted := ctx.Err() != nil
+	switch {
+	case interrupted:
+		s.t.note("interrupted after %s", time.Since(s.began).Round(time.Second))
+	case err != nil:
 		s.t.violate("the soak could not go on: %v", err)
 	}
 	if downErr := s.takeDown(); downErr != nil {
@@ -85,5 +89,5 @@ func soakAndReport(ctx context.Context, cfg config) (ok bool, err error) {
 		return false, err
 	}
 	fmt.Fprintln(os.Stderr, "soak: report in", path)
-	return len(s.t.violations) == 0, nil
+	return len(s.t.violations) == 0 && !interrupted, nil
 }
