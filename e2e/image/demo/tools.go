@@ -256,11 +256,6 @@ func tty([]string) error {
 	}
 }
 
-// lastWords is how long a program stays after its last line. A line printed in
-// the moment of the exit may reach the log file only after the runtime calls the
-// container ended, and then whoever follows the log has stopped reading.
-const lastWords = 200 * time.Millisecond
-
 func waitSigterm(args []string) error {
 	flags := flag.NewFlagSet("wait-sigterm", flag.ContinueOnError)
 	grace := flags.Duration("grace", time.Second, "how long to go on after SIGTERM")
@@ -275,7 +270,6 @@ func waitSigterm(args []string) error {
 	fmt.Println("got SIGTERM")
 	time.Sleep(*grace)
 	fmt.Printf("ending after %s\n", *grace)
-	time.Sleep(lastWords)
 	if *code != 0 {
 		return exitCode(*code)
 	}
