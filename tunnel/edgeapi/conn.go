@@ -131,6 +131,26 @@ func decode(typ byte, payload []byte) (Message, error) {
 		return decodeAs[WriteResult](payload)
 	case typeGoodbye:
 		return decodeAs[Goodbye](payload)
+	case typeTwinHello:
+		return decodeAs[TwinHello](payload)
+	case typeTwinDigest:
+		return decodeAs[TwinDigest](payload)
+	case typeTwinFrame:
+		return decodeAs[TwinFrame](payload)
+	case typeTwinFound:
+		return decodeAs[TwinFound](payload)
+	case typeTwinWelcome:
+		return decodeAs[TwinWelcome](payload)
+	case typeTwinWant:
+		return decodeAs[TwinWant](payload)
+	case typeTwinRestore:
+		return decodeAs[TwinRestore](payload)
+	case typeTwinAck:
+		return decodeAs[TwinAck](payload)
+	case typeTwinRequest:
+		return decodeAs[TwinRequest](payload)
+	case typeTwinReply:
+		return decodeAs[TwinReply](payload)
 	}
 	return nil, fmt.Errorf("sync message of unknown type %d", typ)
 }
