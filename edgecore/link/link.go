@@ -1,7 +1,7 @@
 // Package link is the edge end of the tunnel: it keeps one to the hub, brings
 // the node's store in step with the cloud over it, sends the outbox up, serves
-// the kubelet's handler to the hub, and lends the connection to those who ask
-// the API server something.
+// the kubelet's handler to the hub, holds the other parts' conversations with it,
+// and lends the connection to those who ask the API server something.
 //
 // It owns no state that matters: what came down is in the store before it is
 // acknowledged, what goes up leaves the outbox only when the API server has
@@ -49,6 +49,8 @@ type Config struct {
 	WhenDeleted WhenDeleted
 	// HubTime is told the hub's clock with each welcome; nil means nobody cares.
 	HubTime func(now time.Time)
+	// Streams are held open to the hub besides the sync.
+	Streams []Stream
 	Log     *slog.Logger // nil discards
 
 	stall time.Duration // stallTimeout, but in tests
@@ -58,6 +60,8 @@ type Config struct {
 type Link struct {
 	cfg Config
 	log *slog.Logger
+
+	extras []*extra // of cfg.Streams
 
 	firstSync chan struct{} // closed once the store holds a complete set
 	syncOnce  sync.Once
@@ -109,6 +113,12 @@ func New(cfg Config) (*Link, error) {
 		return nil, err
 	}
 	l := &Link{cfg: cfg, log: cfg.Log, firstSync: make(chan struct{}), state: State{Since: time.Now(), Deleted: gone.At}}
+	for _, s := range cfg.Streams {
+		if s.Kind == "" || s.Serve == nil {
+			return nil, errors.New("link: Streams need Kind and Serve")
+		}
+		l.extras = append(l.extras, &extra{Stream: s})
+	}
 	told := cfg.Dialer.Retry
 	cfg.Dialer.Retry = func(err error, wait time.Duration) error {
 		// A tunnel that was closed here was closed for a reason, which is noted
@@ -181,6 +191,7 @@ func (l *Link) serve(ctx context.Context, s *tunnel.Session) error {
 	g.Go(func() error { return l.accept(ctx, s, kubelet) })
 	g.Go(func() error { return l.serveKubelet(ctx, kubelet) })
 	g.Go(func() error { return l.sync(ctx, s) })
+	g.Go(func() error { return l.streams(ctx, s) })
 	g.Go(func() error {
 		// Whatever ends first ends the tunnel, and with it the others.
 		<-ctx.Done()
