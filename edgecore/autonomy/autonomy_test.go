@@ -319,6 +319,9 @@ func TestTheNodeTells(t *testing.T) {
 	r.put(t, "nodes", "", "edge-1", map[string]any{"status": map[string]any{
 		"conditions": []any{map[string]any{"type": "Ready", "status": "True", "novel": 1}}, "novel": "kept"}})
 	r.put(t, "pods", "ns", "p", corev1.Pod{Spec: corev1.PodSpec{Containers: []corev1.Container{{Image: "app"}}}})
+	r.cfg.Conditions = func() []corev1.NodeCondition {
+		return []corev1.NodeCondition{{Type: "Other", Status: corev1.ConditionTrue, Reason: "AsToldElsewhere", Message: "fine"}}
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- r.Run(ctx) }()
@@ -339,6 +342,9 @@ func TestTheNodeTells(t *testing.T) {
 	}
 	if r.condition(t, "Ready").Status != "True" {
 		t.Error("Ready is gone")
+	}
+	if c := r.condition(t, "Other"); c.Reason != "AsToldElsewhere" || c.LastTransitionTime.IsZero() {
+		t.Errorf("another part's condition: %+v", c)
 	}
 	o, _ := r.store.Get(store.Key{Resource: "nodes", Name: "edge-1"})
 	for _, want := range []string{`"novel":1`, `"novel":"kept"`} {

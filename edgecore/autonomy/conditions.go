@@ -33,6 +33,9 @@ func (s *scribe) write(ctx context.Context, r Report) {
 	if !r.At.IsZero() {
 		want = append(want, ready(r))
 	}
+	if s.m.cfg.Conditions != nil {
+		want = append(want, s.m.cfg.Conditions()...)
+	}
 	changed, err := s.m.setConditions(ctx, want)
 	switch {
 	case err != nil && ctx.Err() == nil:

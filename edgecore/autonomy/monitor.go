@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+	corev1 "k8s.io/api/core/v1"
 
 	"github.com/skerry-io/skerry/edgecore/store"
 )
@@ -40,7 +41,10 @@ type Config struct {
 	Certificate func() *x509.Certificate // the node's; required, may return nil
 	StrictPull  bool                     // imagePullPolicy Always needs the registry
 	CSI         bool                     // the kubelet has the CSI volume plugin
-	Dirs        map[string]string        // directories that need room, by what they are for
+	// Conditions are further ones of the Node, in the words of other parts; nil
+	// means none.
+	Conditions func() []corev1.NodeCondition
+	Dirs       map[string]string // directories that need room, by what they are for
 
 	Settle time.Duration    // after the last change; zero means 10 s
 	Period time.Duration    // without any change; zero means 10 min

@@ -9,7 +9,8 @@
 // Kubernetes' own evaluation. Nobody is anonymous. A service account's token is
 // good while the pod it was made for is on this node.
 //
-// It never writes: clients read here, and write at the cluster's API server.
+// It never writes objects: clients read here, and write at the cluster's API
+// server. Beside the API stands that of the node's devices, see Config.Devices.
 // What it serves is what the node has, not what the cluster has; every list
 // says so in a warning. It never asks the cloud anything.
 package localapi

@@ -42,6 +42,10 @@ type Config struct {
 	// Kubelet returns the handler of the kubelet's API, for logs, exec, attach
 	// and port-forward. Required.
 	Kubelet func(ctx context.Context) (http.Handler, error)
+	// Devices answers what is below /v1/. It finds the caller with
+	// request.UserFrom, judges rights and keeps bounds of its own. Nil: nothing
+	// is there.
+	Devices http.Handler
 	// Notice ends the warning that comes with lists, as "in step with the
 	// cloud". Nil: nothing is added.
 	Notice func() string

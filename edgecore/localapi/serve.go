@@ -22,6 +22,9 @@ import (
 	"github.com/skerry-io/skerry/edgecore/apifacade"
 )
 
+// devicesPath is where the API of devices stands; Kubernetes' has no such path.
+const devicesPath = "/v1/"
+
 // What local clients may take of the node at once.
 const (
 	maxConns = 256
@@ -56,6 +59,10 @@ func (s *Server) handler(admin bool) http.Handler {
 
 // serve does a request of someone known; an error is still to be told.
 func (s *Server) serve(w http.ResponseWriter, r *http.Request, who user.Info) error {
+	if s.cfg.Devices != nil && strings.HasPrefix(r.URL.Path, devicesPath) {
+		s.cfg.Devices.ServeHTTP(w, r)
+		return nil
+	}
 	stream := parseStream(r.URL.Path)
 	places := s.short
 	if stream != nil || isWatch(r) {
