@@ -51,10 +51,24 @@ func acceptExtra(t *testing.T, s *tunnel.Session) (*tunnel.Stream, *bufio.Reader
 
 func TestExtraStreams(t *testing.T) {
 	e := &echoing{}
+	wanted := make(chan struct{})
 	r := newRig(t, openStore(t), func(c *Config) {
-		c.Streams = []Stream{{Kind: kindTest, Serve: e.serve}}
+		c.Streams = []Stream{{Kind: kindTest, Serve: e.serve, Await: func(ctx context.Context) error {
+			select {
+			case <-wanted:
+				return nil
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}}}
 	})
 	s := r.session()
+	first, err := s.Accept(t.Context())
+	must(t, err)
+	if first.Kind() == kindTest {
+		t.Error("a stream is open that nobody wants yet")
+	}
+	close(wanted)
 	st, lines := acceptExtra(t, s)
 	if _, err := io.WriteString(st, "one\n"); err != nil {
 		t.Fatal(err)

@@ -19,6 +19,9 @@ type Stream struct {
 	Kind string // required
 	// Class is how it shares the link; zero means ClassStream.
 	Class tunnel.Class
+	// Await returns once there is something to converse about; nil: there is.
+	// A node that has none of it opens no stream.
+	Await func(ctx context.Context) error
 	// Serve holds the conversation. Its stream is reset when ctx ends. There is
 	// one call at a time: while a tunnel is drained, the newer one takes the
 	// conversation over. Required.
@@ -99,6 +102,11 @@ func (l *Link) keepOpen(ctx context.Context, s *tunnel.Session, x *extra) {
 
 // converse opens the stream and holds one conversation over it.
 func converse(ctx context.Context, s *tunnel.Session, x *extra) error {
+	if x.Await != nil {
+		if err := x.Await(ctx); err != nil {
+			return err
+		}
+	}
 	st, err := s.Open(ctx, tunnel.OpenRequest{Kind: x.Kind, Class: x.Class})
 	if err != nil {
 		return err

@@ -51,6 +51,9 @@ type Config struct {
 	Wall  func() time.Time // nil means time.Now
 	// Boot is the time since boot, suspension included; nil asks the kernel.
 	Boot func() time.Duration
+	// Disciplined tells whether something keeps the machine's clock right; nil
+	// asks the kernel.
+	Disciplined func() bool
 	Log  *slog.Logger // nil discards
 }
 
@@ -83,6 +86,9 @@ func Open(cfg Config) (*Clock, error) {
 	if cfg.Boot == nil {
 		cfg.Boot = sinceBoot
 	}
+	if cfg.Disciplined == nil {
+		cfg.Disciplined = disciplined
+	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -107,6 +113,22 @@ func sinceBoot() time.Duration {
 		panic("walltime: CLOCK_BOOTTIME: " + err.Error()) // since Linux 2.6.39
 	}
 	return time.Duration(ts.Nano())
+}
+
+// disciplined is what NTP clients tell the kernel.
+func disciplined() bool {
+	const timeError = 5 // TIME_ERROR of adjtimex(2)
+	state, err := unix.Adjtimex(&unix.Timex{})
+	return err == nil && state != timeError
+}
+
+// Sure tells whether there is reason to believe Now: the hub has told its time
+// to this process, or NTP keeps the machine's clock.
+func (c *Clock) Sure() bool {
+	c.mu.Lock()
+	learnt := c.learnt
+	c.mu.Unlock()
+	return learnt || c.cfg.Disciplined()
 }
 
 // Now is what the date is, as far as this node can tell. It has no monotonic

@@ -197,3 +197,23 @@ func FuzzFloor(f *testing.F) {
 	f.Add([]byte(`{"version":1,"floor":"2026-11-24T12:00:00Z"}`))
 	f.Fuzz(func(_ *testing.T, b []byte) { _, _ = decode(b) })
 }
+
+func TestWhoIsBelieved(t *testing.T) {
+	ntp := false
+	c, err := Open(Config{Path: filepath.Join(t.TempDir(), "clock.json"), Disciplined: func() bool { return ntp }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Sure() {
+		t.Error("nobody has told the time")
+	}
+	ntp = true
+	if !c.Sure() {
+		t.Error("NTP keeps the clock")
+	}
+	ntp = false
+	c.Learn(truth)
+	if !c.Sure() {
+		t.Error("the hub has told its time")
+	}
+}
