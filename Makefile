@@ -92,6 +92,11 @@ bench-go: ## Run the packages' own benchmarks (BENCH=regexp)
 bin/kubelet:
 	@deploy/build.sh $@ '$(LDFLAGS)' k8s.io/kubernetes/cmd/kubelet
 
+.PHONY: generate
+generate: ## Make the device API's definitions and copy functions anew from its types
+	go run sigs.k8s.io/controller-tools/cmd/controller-gen@v0.20.0 object crd:crdVersions=v1,allowDangerousTypes=true \
+		paths=./devicetwin/api/... output:crd:dir=devicetwin/api/v1alpha1/crds output:object:dir=devicetwin/api/v1alpha1
+
 .PHONY: fuzz-short
 fuzz-short: ## Run every fuzz test for FUZZTIME (10s)
 	@git grep -l '^func Fuzz' -- '*_test.go' | while read -r file; do \

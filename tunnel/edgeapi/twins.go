@@ -1,7 +1,13 @@
 package edgeapi
 
 import (
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/binary"
 	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
 	"time"
 )
 
@@ -83,7 +89,9 @@ type TwinRestore struct {
 	Values []TwinValue `json:"values"`
 }
 
-// TwinFrame is what changed since the last frame.
+// TwinFrame is what changed since the last frame. States are taken before
+// Values. A value is taken only of a device whose UID the node has told in this
+// conversation, by a TwinDigestItem or a TwinState: names are used again.
 type TwinFrame struct {
 	Seq    uint64      `json:"seq"`
 	Values []TwinValue `json:"values,omitempty"`
@@ -209,3 +217,28 @@ func (TwinRestore) messageType() byte { return typeTwinRestore }
 func (TwinAck) messageType() byte     { return typeTwinAck }
 func (TwinRequest) messageType() byte { return typeTwinRequest }
 func (TwinReply) messageType() byte   { return typeTwinReply }
+
+// TwinHash is the Hash of a TwinDigestItem: of the properties' values and
+// qualities, in any order, whatever their times and versions. Both sides make
+// it, so a value counts as it looks after having been sent.
+func TwinHash(values []TwinValue) (string, error) {
+	sorted := slices.Clone(values)
+	slices.SortFunc(sorted, func(a, b TwinValue) int { return strings.Compare(a.Property, b.Property) })
+	h := sha256.New()
+	for _, v := range sorted {
+		value := []byte("null")
+		if len(v.Value) > 0 {
+			var err error
+			if value, err = json.Marshal(v.Value); err != nil {
+				return "", fmt.Errorf("value of property %s: %w", v.Property, err)
+			}
+		}
+		for _, part := range [][]byte{[]byte(v.Property), value, []byte(v.Quality)} {
+			var size [4]byte
+			binary.BigEndian.PutUint32(size[:], uint32(len(part)))
+			h.Write(size[:])
+			h.Write(part)
+		}
+	}
+	return base64.RawURLEncoding.EncodeToString(h.Sum(nil)[:12]), nil
+}

@@ -6,6 +6,8 @@
 // It owns the types, their CustomResourceDefinitions and the checks that need
 // no cluster. It never talks to one. Both programs import it.
 //
+// What is generated of them, definitions and copies, is made by "make generate".
+//
 // +kubebuilder:object:generate=true
 // +groupName=devices.skerry.dev
 package v1alpha1
