@@ -151,6 +151,14 @@ func decode(typ byte, payload []byte) (Message, error) {
 		return decodeAs[TwinRequest](payload)
 	case typeTwinReply:
 		return decodeAs[TwinReply](payload)
+	case typeTelemetryHello:
+		return decodeAs[TelemetryHello](payload)
+	case typeTelemetryBatch:
+		return decodeAs[TelemetryBatch](payload)
+	case typeTelemetryWelcome:
+		return decodeAs[TelemetryWelcome](payload)
+	case typeTelemetryAck:
+		return decodeAs[TelemetryAck](payload)
 	}
 	return nil, fmt.Errorf("sync message of unknown type %d", typ)
 }

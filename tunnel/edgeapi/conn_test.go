@@ -26,6 +26,14 @@ func samples() []Message {
 		Delta{Seq: 1, Upserts: []Upsert{{Ref: Ref{Resource: "pods", Namespace: "default", Name: "web"}, UID: "u", Rev: "2", Body: pod}}, Synced: true},
 		WriteResult{ID: 1, Code: 200},
 		Goodbye{Reason: ReasonRevoked, Message: "node edge-1 was forgotten"},
+		TelemetryHello{Version: TelemetryVersion},
+		TelemetryWelcome{Version: TelemetryVersion},
+		TelemetryBatch{Seq: 1, Route: DeviceRef{"home", "energy"}, Sink: 1, Records: []TelemetryRecord{
+			{ID: "9f3c01aa77e2b410-1-40", Device: &DeviceRef{"home", "plug-1"}, Property: "power", Value: json.RawMessage(`12.5`), TS: 1, Received: 2, Quality: "uncertain"},
+			{ID: "9f3c01aa77e2b410-1-99", Topic: "a/b", Payload: []byte{0, 255}, TS: 3, Backfill: true},
+			{ID: "9f3c01aa77e2b410-1-150", TS: 4, Gap: &TelemetryGap{From: "a", To: "b", Count: 7}},
+		}},
+		TelemetryAck{Seq: 1, Code: 503, Message: "no room", RetryAfter: 5000},
 		Write{ID: 2, Op: OpEvent, Ref: Ref{Resource: "events", Name: "big"}, Body: json.RawMessage(`"` + strings.Repeat("x", 300<<10) + `"`)},
 	}
 }
