@@ -3,7 +3,10 @@ package kubelet
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
+	"os"
+	"strconv"
 	"time"
 
 	noopoteltrace "go.opentelemetry.io/otel/trace/noop"
@@ -61,12 +64,31 @@ func dependencies(transport http.RoundTripper, settings *config.KubeletConfigura
 		HostUtil:            hostutil.NewHostUtil(),
 		Mounter:             mounter,
 		Subpather:           subpath.New(mounter),
-		OOMAdjuster:         oom.NewOOMAdjuster(),
+		OOMAdjuster:         oomAdjuster(),
 		OSInterface:         kubecontainer.RealOS{},
 		VolumePlugins:       volumePlugins(withCSI),
 		DynamicPluginProber: noFlexVolumes{},
 		TLSOptions:          nil, // the kubelet serves nothing itself
 	}, nil
+}
+
+// oomAdjuster is upstream's, but takes a refusal for an answer: where the host
+// does not let root lower the score, two more tries would only delay the start.
+func oomAdjuster() *oom.OOMAdjuster {
+	adjuster := oom.NewOOMAdjuster()
+	patient := adjuster.ApplyOOMScoreAdj
+	adjuster.ApplyOOMScoreAdj = func(pid, score int) error {
+		process := "self"
+		if pid != 0 {
+			process = strconv.Itoa(pid)
+		}
+		err := os.WriteFile("/proc/"+process+"/oom_score_adj", []byte(strconv.Itoa(score)), 0)
+		if err == nil || errors.Is(err, fs.ErrPermission) {
+			return err
+		}
+		return patient(pid, score)
+	}
+	return adjuster
 }
 
 // volumePlugins are the kinds of volume a pod may use. Network file systems and

@@ -30,10 +30,11 @@ type Kubelet struct {
 
 	addressPeriod, addressSettle time.Duration // shorter in tests
 
-	ran  atomic.Bool
-	live chan struct{} // closed once the fields below are set
+	ran   atomic.Bool
+	built chan struct{} // closed once the fields below are set
+	live  chan struct{} // closed once they may be asked, later
 
-	// Set by Run before live is closed, then immutable.
+	// Set by Run before built is closed, then immutable.
 	instance *upstream.Kubelet
 	deps     *upstream.Dependencies
 
@@ -57,7 +58,7 @@ func New(cfg Config) (*Kubelet, error) {
 		return nil, err
 	}
 	k := &Kubelet{
-		cfg: cfg, settings: settings, live: make(chan struct{}),
+		cfg: cfg, settings: settings, built: make(chan struct{}), live: make(chan struct{}),
 		addressPeriod: addressPeriod, addressSettle: addressSettle,
 	}
 	if err := options.ValidateKubeletFlags(&k.server(nil).KubeletFlags); err != nil {
@@ -115,6 +116,7 @@ func (k *Kubelet) Run(ctx context.Context) error {
 	defer cancel(nil)
 	watchers.Go(func() { k.watchAddress(ctx, address, cancel) })
 	watchers.Go(func() { k.followResolvConf(ctx, resolv) })
+	k.podSources(ctx)
 
 	utilfeature.DefaultMutableFeatureGate.AddMetrics()
 	if err := app.Run(ctx, server, k.deps, utilfeature.DefaultFeatureGate); err != nil {
@@ -180,7 +182,10 @@ func (k *Kubelet) buildDependencies(server *options.KubeletServer) error {
 		return err
 	}
 	// Called while the kubelet is being built, with every dependency filled in.
-	deps.Options = append(deps.Options, func(instance *upstream.Kubelet) { k.instance = instance })
+	deps.Options = append(deps.Options, func(instance *upstream.Kubelet) {
+		k.instance = instance
+		close(k.built)
+	})
 	k.deps = deps
 	return nil
 }
