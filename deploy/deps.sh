@@ -14,6 +14,8 @@ needs=(
   ip                        iproute2
   ps                        procps
   docker-registry           docker-registry
+  mosquitto                 mosquitto
+  mosquitto_pub             mosquitto-clients
 )
 
 missing=()
@@ -43,4 +45,9 @@ if [[ -t 1 ]]; then
 fi
 apt-get "${quiet[@]}" update
 apt-get "${quiet[@]}" install -y --no-install-recommends "${missing[@]}"
+# Debian starts it at once, and a node in mode auto would take it for the broker
+# of this host. Tests start their own.
+if [[ " ${missing[*]} " == *" mosquitto "* ]] && [[ -d /run/systemd/system ]]; then
+  systemctl disable --now --quiet mosquitto
+fi
 echo "deps: installed in $((SECONDS - began)) s"
