@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/skerry-io/skerry/devicetwin"
@@ -44,7 +45,8 @@ type device struct {
 	mu    sync.Mutex // keeps its messages in order; guards what follows and the profile's state
 	state string     // last told by its availability
 	extra []*route   // found out at run time
-	gone  bool
+
+	gone atomic.Bool // no longer a device of the driver's
 }
 
 // property is a compiled v1alpha1.Property.

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -65,7 +66,7 @@ type Driver struct {
 	// lock order: mu, then a device's or a session's; never two of those.
 	mu        sync.Mutex
 	devices   map[devicetwin.Key]*device
-	refreshes map[*device]map[*refresh]bool // to be sent
+	refreshes []asking // to be sent, each once
 
 	subs map[string]*subscription // of Run alone
 }
@@ -91,7 +92,6 @@ func New(cfg Config) (*Driver, error) {
 		changed:     make(chan struct{}, 1),
 		asks:        make(chan struct{}, 1),
 		devices:     map[devicetwin.Key]*device{},
-		refreshes:   map[*device]map[*refresh]bool{},
 		subs:        map[string]*subscription{},
 	}
 	// Answers to a run before this one do not match.
@@ -148,23 +148,24 @@ func (d *Driver) Set(devices []devicetwin.Bound, discoveries []*v1alpha1.DeviceD
 	for key, old := range d.devices {
 		if next[key] != old {
 			gone = append(gone, old)
-			delete(d.refreshes, old)
+			old.gone.Store(true)
 		}
 	}
 	d.devices = next
+	d.refreshes = slices.DeleteFunc(d.refreshes, func(a asking) bool { return a.device.gone.Load() })
 	d.mu.Unlock()
 
-	for _, old := range gone {
-		old.mu.Lock()
-		old.gone = true
-		old.mu.Unlock()
-		if old.stop != nil {
-			old.stop()
+	// Elsewhere: whoever calls Set may hold what the sink waits for.
+	d.timers.after(0, func() {
+		for _, old := range gone {
+			if old.stop != nil {
+				old.stop()
+			}
 		}
-	}
-	for _, dev := range bad {
-		d.tellProblems(dev)
-	}
+		for _, dev := range bad {
+			d.tellProblems(dev)
+		}
+	})
 	d.resubscribe()
 }
 
@@ -258,7 +259,7 @@ func (d *Driver) deliver(r *route, p *packet) {
 	}
 	dev.mu.Lock()
 	defer dev.mu.Unlock()
-	if dev.gone {
+	if dev.gone.Load() {
 		return
 	}
 	out := applyAll(r.reads, p, nil)
@@ -268,7 +269,8 @@ func (d *Driver) deliver(r *route, p *packet) {
 	if len(out) > 0 {
 		d.cfg.Sink.Report(dev.key, out)
 	}
-	if r.spoken && !p.Retain {
+	// On a filter for many devices, only what was of use was this one's.
+	if r.spoken && !p.Retain && (len(out) > 0 || !strings.ContainsAny(r.filter, "+#")) {
 		d.cfg.Sink.Sight(dev.key, devicetwin.Sighting{Evidence: devicetwin.EvidenceMessage, State: v1alpha1.PhaseOnline})
 	}
 }
@@ -277,7 +279,7 @@ func (d *Driver) deliver(r *route, p *packet) {
 func (d *Driver) sight(dev *device, s devicetwin.Sighting) {
 	if s.Evidence != devicetwin.EvidenceParent {
 		if s.State == v1alpha1.PhaseOnline && dev.state != s.State {
-			d.refreshOnline(dev)
+			d.refreshOnline(dev, s.Retained)
 		}
 		dev.state = s.State
 	}
@@ -449,10 +451,11 @@ func (d *Driver) askOnce(ctx context.Context, dev *device, r *refresh) error {
 	return err
 }
 
-// refreshOnline asks a device that has just come. Its lock is held.
-func (d *Driver) refreshOnline(dev *device) {
+// refreshOnline asks a device that has come. One that had come already, as a
+// retained message tells, was asked when this driver started. Its lock is held.
+func (d *Driver) refreshOnline(dev *device, before bool) {
 	for _, r := range dev.refresh {
-		if r.online {
+		if r.online && !(r.start && before) {
 			d.timers.after(0, func() {
 				d.mu.Lock()
 				defer d.mu.Unlock()
@@ -465,10 +468,9 @@ func (d *Driver) refreshOnline(dev *device) {
 }
 
 func (d *Driver) wantRefreshLocked(dev *device, r *refresh) {
-	if d.refreshes[dev] == nil {
-		d.refreshes[dev] = map[*refresh]bool{}
+	if !slices.Contains(d.refreshes, asking{dev, r}) {
+		d.refreshes = append(d.refreshes, asking{dev, r})
 	}
-	d.refreshes[dev][r] = true
 	select {
 	case d.asks <- struct{}{}:
 	default:
@@ -532,16 +534,19 @@ func (d *Driver) ask(ctx context.Context) error {
 	}
 }
 
+// asking is a refresh that is wanted.
+type asking struct {
+	device  *device
+	refresh *refresh
+}
+
 func (d *Driver) nextRefresh() (*device, *refresh) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for dev, wanted := range d.refreshes {
-		for r := range wanted {
-			if delete(wanted, r); len(wanted) == 0 {
-				delete(d.refreshes, dev)
-			}
-			return dev, r
-		}
+	if len(d.refreshes) > 0 {
+		next := d.refreshes[0]
+		d.refreshes = slices.Delete(d.refreshes, 0, 1)
+		return next.device, next.refresh
 	}
 	return nil, nil
 }

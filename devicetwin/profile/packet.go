@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"math/big"
 	"strconv"
 	"strings"
 	"time"
@@ -228,12 +229,12 @@ func parseTime(v any, unit string) time.Time {
 	if err != nil {
 		return time.Time{}
 	}
-	f, _ := r.Float64()
-	if f *= float64(scale); math.Abs(f) >= math.MaxInt64 {
+	r.Mul(r, new(big.Rat).SetInt64(scale))
+	ns := new(big.Int).Quo(r.Num(), r.Denom())
+	if !ns.IsInt64() {
 		return time.Time{}
 	}
-	whole := math.Floor(f / 1e9)
-	return time.Unix(int64(whole), int64(f-whole*1e9)).UTC()
+	return time.Unix(0, ns.Int64()).UTC()
 }
 
 // presence is a compiled v1alpha1.Availability.

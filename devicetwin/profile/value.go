@@ -43,7 +43,11 @@ func newCodec(p *v1alpha1.Property) (*codec, error) {
 	}
 	slices.Sort(words) // of several words for one value, the first is said
 	for _, word := range words {
-		v, err := decodeJSON(p.Map[word].Raw)
+		raw := p.Map[word].Raw
+		if raw == nil {
+			raw = []byte("null") // as JSON decodes it
+		}
+		v, err := decodeJSON(raw)
 		if err != nil {
 			return nil, fmt.Errorf("map, %q: %w", word, err)
 		}
