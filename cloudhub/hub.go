@@ -17,9 +17,11 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
+	"github.com/skerry-io/skerry/cloudhub/devices"
 	"github.com/skerry-io/skerry/cloudhub/edges"
 	"github.com/skerry-io/skerry/cloudhub/enroll"
 	"github.com/skerry-io/skerry/cloudhub/feed"
@@ -91,8 +93,15 @@ func runHub(ctx context.Context, cfg hubConfig) error {
 	if err != nil {
 		return err
 	}
+	dyn, err := dynamic.NewForConfig(rc)
+	if err != nil {
+		return fmt.Errorf("cluster access: %w", err)
+	}
+	if err := devices.Install(ctx, dyn, cfg.Log); err != nil {
+		return err
+	}
 	objects, err := feed.New(feed.Config{
-		Client: client, Issuer: feed.ClusterIssuer(client.Discovery().RESTClient(), nil), Agent: agent(), Log: cfg.Log,
+		Client: client, Devices: dyn, Issuer: feed.ClusterIssuer(client.Discovery().RESTClient(), nil), Agent: agent(), Log: cfg.Log,
 	})
 	if err != nil {
 		return err

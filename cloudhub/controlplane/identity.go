@@ -16,13 +16,15 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/component-helpers/auth/rbac/reconciliation"
 	"k8s.io/kubernetes/plugin/pkg/auth/authorizer/rbac/bootstrappolicy"
+
+	"github.com/skerry-io/skerry/devicetwin/api/v1alpha1"
 )
 
 // SystemNamespace holds the hub's own objects.
 const SystemNamespace = "skerry-system"
 
 // hubRules are what the hub may do as itself, in the whole cluster: read what
-// nodes are fed, and keep pods on nodes that are cut off. What a node writes
+// nodes are fed, keep pods on nodes that are cut off, and look after devices. What a node writes
 // or asks for is done as that node, by impersonationRules.
 func hubRules() []rbacv1.PolicyRule {
 	read := []string{"get", "list", "watch"}
@@ -39,6 +41,14 @@ func hubRules() []rbacv1.PolicyRule {
 		{Verbs: []string{"get"}, NonResourceURLs: []string{"/.well-known/openid-configuration", "/openid/v1/jwks"}},
 		{APIGroups: []string{""}, Verbs: []string{"patch"}, Resources: []string{"pods"}}, // tolerations
 		{APIGroups: []string{"", "events.k8s.io"}, Verbs: []string{"create", "patch", "update"}, Resources: []string{"events"}},
+		// Devices: their definitions, what nodes are fed of them, their status, and
+		// the Devices that discoveries make.
+		{APIGroups: []string{"apiextensions.k8s.io"}, Verbs: []string{"get", "create", "patch"}, Resources: []string{"customresourcedefinitions"}},
+		{APIGroups: []string{v1alpha1.Group}, Verbs: read, Resources: []string{v1alpha1.Devices, v1alpha1.Models, v1alpha1.Discoveries, v1alpha1.Routes}},
+		{APIGroups: []string{v1alpha1.Group}, Verbs: []string{"patch"}, Resources: []string{
+			v1alpha1.Devices + "/status", v1alpha1.Discoveries + "/status", v1alpha1.Routes + "/status",
+		}},
+		{APIGroups: []string{v1alpha1.Group}, Verbs: []string{"create", "patch", "delete"}, Resources: []string{v1alpha1.Devices}},
 		{APIGroups: []string{"authentication.k8s.io"}, Verbs: []string{"create"}, Resources: []string{"tokenreviews"}},
 		{APIGroups: []string{"authorization.k8s.io"}, Verbs: []string{"create"}, Resources: []string{"subjectaccessreviews"}},
 	}
@@ -71,6 +81,34 @@ func namespaceRules() map[string][]rbacv1.PolicyRule {
 		SystemNamespace: {{APIGroups: []string{""}, Resources: []string{"secrets", "configmaps"}, Verbs: all}},
 		// Heartbeats of nodes whose tunnel is up.
 		corev1.NamespaceNodeLease: {{APIGroups: []string{"coordination.k8s.io"}, Resources: []string{"leases"}, Verbs: all}},
+	}
+}
+
+// userRoles add the devices' API to the built-in roles view, edit and admin.
+// devices/twin are live values, devices/desired what a pod on the node may set,
+// devices/commands what a device may be told to do.
+func userRoles() []rbacv1.ClusterRole {
+	objects := []string{v1alpha1.Devices, v1alpha1.Models, v1alpha1.Discoveries, v1alpha1.Routes}
+	aggregate := func(name string, to []string, rules ...rbacv1.PolicyRule) rbacv1.ClusterRole {
+		role := rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{}}, Rules: rules}
+		for _, t := range to {
+			role.Labels["rbac.authorization.k8s.io/aggregate-to-"+t] = "true"
+		}
+		return role
+	}
+	return []rbacv1.ClusterRole{
+		aggregate("skerry:devices-view", []string{"view", "edit", "admin"}, rbacv1.PolicyRule{
+			APIGroups: []string{v1alpha1.Group}, Verbs: []string{"get", "list", "watch"},
+			Resources: append([]string{v1alpha1.Devices + "/twin"}, objects...),
+		}),
+		aggregate("skerry:devices-edit", []string{"edit", "admin"},
+			rbacv1.PolicyRule{
+				APIGroups: []string{v1alpha1.Group}, Verbs: []string{"create", "update", "patch", "delete", "deletecollection"}, Resources: objects,
+			},
+			rbacv1.PolicyRule{
+				APIGroups: []string{v1alpha1.Group}, Verbs: []string{"create", "update", "patch"},
+				Resources: []string{v1alpha1.Devices + "/desired", v1alpha1.Devices + "/commands"},
+			}),
 	}
 }
 
@@ -114,6 +152,11 @@ func reconcileRights(ctx context.Context, admin kubernetes.Interface) error {
 	if err := reconcileBinding(binding, bindings); err != nil {
 		return err
 	}
+	for _, role := range userRoles() {
+		if err := reconcileRole(reconciliation.ClusterRoleRuleOwner{ClusterRole: &role}, roles); err != nil {
+			return err
+		}
+	}
 	for namespace, rules := range namespaceRules() {
 		meta := metav1.ObjectMeta{Namespace: namespace, Name: hubUser}
 		role := reconciliation.RoleRuleOwner{Role: &rbacv1.Role{ObjectMeta: meta, Rules: rules}}
@@ -154,6 +197,8 @@ func awaitRights(ctx context.Context, hub kubernetes.Interface) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	attributes := []authorizationv1.ResourceAttributes{
+		{Group: "apiextensions.k8s.io", Resource: "customresourcedefinitions", Verb: "patch"},
+		{Group: v1alpha1.Group, Resource: v1alpha1.Routes, Verb: "watch"},
 		{Group: "authentication.k8s.io", Resource: "nodes", Verb: "impersonate:arbitrary-node"},
 		{Group: rbacv1.GroupName, Resource: "rolebindings", Verb: "watch"},
 		{Namespace: SystemNamespace, Resource: "secrets", Verb: "create"},

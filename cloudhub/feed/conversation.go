@@ -524,6 +524,12 @@ func (c *conversation) refsFrom(ref edgeapi.Ref) []edgeapi.Ref {
 		}
 		return c.f.bindingsOf(ref.Name)
 	}
+	if ref.Resource == routesIn {
+		if c.needed[ref] == 0 {
+			return nil
+		}
+		return c.f.routesOf(ref.Name)
+	}
 	if c.wants(ref) {
 		if obj := c.f.lookup(ref, c.node); obj != nil {
 			return refsOf(obj)

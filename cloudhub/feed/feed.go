@@ -5,8 +5,10 @@
 // ConfigMaps, Secrets and PersistentVolumeClaims these name, and the claims'
 // volumes; the pods' service accounts, the role bindings that concern these and
 // the roles bound; its Node; of all namespaces the Services, and the
-// RuntimeClasses and CSIDrivers; and who signs the cluster's tokens. A node resumes by telling what it has (edgeapi.Inventory), so
-// that the hub keeps nothing about it while it is away, and gets differences.
+// RuntimeClasses and CSIDrivers; its devices and what belongs to them; and who
+// signs the cluster's tokens. A node resumes by telling what it has
+// (edgeapi.Inventory), so that the hub keeps nothing about it while it is away,
+// and gets differences.
 //
 // A pod's and a Node's status belong to the node. They go down once, with the
 // object's first delivery; later deltas carry only the conditions that others
@@ -39,16 +41,21 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
 
+	"github.com/skerry-io/skerry/devicetwin/api/v1alpha1"
 	"github.com/skerry-io/skerry/tunnel/edgeapi"
 )
 
 // Config of a Feed.
 type Config struct {
 	Client kubernetes.Interface // required; reads only
+	// Devices reads devices, their models, discoveries and routes, whose
+	// definitions are there; nil: nodes get none.
+	Devices dynamic.Interface
 	// Issuer tells who signs the cluster's service account tokens; nil: the
 	// nodes are not told, and accept only tokens of their own.
 	Issuer func(context.Context) (edgeapi.TokenIssuer, error)
@@ -91,6 +98,7 @@ type Feed struct {
 	sources   []*source // in the order in which a delta carries them
 	byName    map[string]*source
 	factories []informers.SharedInformerFactory
+	loose     []cache.SharedIndexInformer // of no factory
 
 	ready  chan struct{}                  // closed once all informers hold a complete list
 	issuer atomic.Pointer[edgeapi.Upsert] // nil until known; stored with mu held
@@ -106,10 +114,11 @@ type Feed struct {
 type scope int
 
 const (
-	everyNode scope = iota // Services and the like
-	ownNode                // the Node with the node's own name
-	boundNode              // pods bound to the node
-	onDemand               // what those name
+	everyNode     scope = iota // Services and the like
+	ownNode                    // the Node with the node's own name
+	boundNode                  // pods and devices bound to the node
+	selectedNodes              // discoveries, by the labels of nodes
+	onDemand                   // what those name
 )
 
 // source is one resource and the informer that watches it.
@@ -121,9 +130,11 @@ type source struct {
 	rank     int // position in sources
 	indexer  cache.Indexer
 	informer cache.SharedIndexInformer
+	nodeOf   func(obj any) string // boundNode: which
 }
 
-// ByNode is the index of the pods' informer by the Node they are bound to.
+// ByNode is the index of the pods' and the devices' informers by the Node they
+// are bound to.
 const ByNode = "node"
 
 // New makes a Feed; Run starts it.
@@ -182,9 +193,15 @@ func New(cfg Config) (*Feed, error) {
 		}
 	}
 	f.add("serviceaccounts", "ServiceAccount", "v1", onDemand, all.Core().V1().ServiceAccounts().Informer())
+	if cfg.Devices != nil {
+		if err := f.addDevices(cfg.Devices); err != nil {
+			return nil, err
+		}
+	}
 	pods := f.add("pods", "Pod", "v1", boundNode, bound.Core().V1().Pods().Informer())
+	pods.nodeOf = func(obj any) string { return obj.(*corev1.Pod).Spec.NodeName }
 	if err := pods.informer.AddIndexers(cache.Indexers{ByNode: func(obj any) ([]string, error) {
-		return []string{obj.(*corev1.Pod).Spec.NodeName}, nil
+		return []string{pods.nodeOf(obj)}, nil
 	}}); err != nil {
 		return nil, fmt.Errorf("feed: index pods by node: %w", err)
 	}
@@ -220,6 +237,10 @@ func (f *Feed) Run(ctx context.Context) error {
 	for _, factory := range f.factories {
 		factory.StartWithContext(ctx)
 	}
+	var loose sync.WaitGroup
+	for _, informer := range f.loose {
+		loose.Go(func() { informer.RunWithContext(ctx) })
+	}
 	started := time.Now()
 	for _, s := range f.sources {
 		if !cache.WaitForCacheSync(ctx.Done(), s.informer.HasSynced) {
@@ -240,6 +261,7 @@ func (f *Feed) Run(ctx context.Context) error {
 	for _, factory := range f.factories {
 		factory.Shutdown()
 	}
+	loose.Wait()
 	return nil
 }
 
@@ -290,16 +312,21 @@ func (f *Feed) changed(s *source, old, obj any) {
 	for _, subject := range slices.Concat(subjectsOf(old), subjectsOf(obj)) {
 		mark(f.users[subjectRef(subject)], subjectRef(subject))
 	}
+	if s.resource == v1alpha1.Routes {
+		mark(f.users[routesRef(ref.Namespace)], routesRef(ref.Namespace))
+	}
 	switch s.scope {
-	case everyNode:
+	case everyNode, selectedNodes: // whom it selected before has it to drop
 		for _, cs := range f.nodes {
 			mark(cs, ref)
 		}
 	case ownNode:
 		mark(f.nodes[ref.Name], ref)
+		f.selectionChangedLocked(ref.Name, old, obj)
 	case boundNode:
-		if pod, ok := obj.(*corev1.Pod); ok {
-			mark(f.nodes[pod.Spec.NodeName], ref)
+		mark(f.nodes[s.nodeOf(obj)], ref)
+		if old != nil { // unlike a pod, a device may move
+			mark(f.nodes[s.nodeOf(old)], ref)
 		}
 	case onDemand:
 		mark(f.users[ref], ref)
@@ -333,7 +360,11 @@ func (f *Feed) lookup(ref edgeapi.Ref, node string) runtime.Object {
 			return nil
 		}
 	case boundNode:
-		if obj.(*corev1.Pod).Spec.NodeName != node {
+		if s.nodeOf(obj) != node {
+			return nil
+		}
+	case selectedNodes:
+		if !f.selects(obj, node) {
 			return nil
 		}
 	}
@@ -350,10 +381,16 @@ func (f *Feed) initial(node string) ([]edgeapi.Ref, error) {
 			for _, obj := range s.indexer.List() {
 				refs = append(refs, refTo(s.resource, obj))
 			}
+		case selectedNodes:
+			for _, obj := range s.indexer.List() {
+				if f.selects(obj, node) {
+					refs = append(refs, refTo(s.resource, obj))
+				}
+			}
 		case boundNode:
 			objs, err := s.indexer.ByIndex(ByNode, node)
 			if err != nil {
-				return nil, fmt.Errorf("list pods of node %s: %w", node, err)
+				return nil, fmt.Errorf("list %s of node %s: %w", s.resource, node, err)
 			}
 			for _, obj := range objs {
 				refs = append(refs, refTo(s.resource, obj))

@@ -13,12 +13,13 @@ import (
 	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
 	kubetypes "k8s.io/kubernetes/pkg/kubelet/types"
 
+	"github.com/skerry-io/skerry/devicetwin/api/v1alpha1"
 	"github.com/skerry-io/skerry/tunnel/edgeapi"
 )
 
 // revision returns what tells two versions of an object apart for a node. For
-// most it is the resourceVersion. A pod's and a Node's changes with every
-// status that the node itself wrote, so theirs is a digest of the part that
+// most it is the resourceVersion. A pod's, a Node's and a device's changes with
+// every status that was written of it, so theirs is a digest of the part that
 // the cloud owns; it is also the same in every replica of the hub.
 func revision(obj runtime.Object) (string, error) {
 	switch o := obj.(type) {
@@ -26,6 +27,9 @@ func revision(obj runtime.Object) (string, error) {
 		return digest(cloudPod(o))
 	case *corev1.Node:
 		return digest(cloudNode(o))
+	}
+	if part, ok := cloudDevice(obj); ok {
+		return digest(part)
 	}
 	return obj.(metav1.Object).GetResourceVersion(), nil
 }
@@ -63,16 +67,20 @@ func cloudNode(n *corev1.Node) *corev1.Node {
 // body returns the object's JSON with apiVersion and kind. known says that the
 // node has this very object (the same UID) already.
 func (s *source) body(obj runtime.Object, known bool) (json.RawMessage, error) {
+	var part any = obj
+	if down, ok := cloudDevice(obj); ok {
+		part = down
+	}
 	if known {
 		switch o := obj.(type) {
 		case *corev1.Pod:
-			obj = cloudPod(o)
+			part = cloudPod(o)
 		case *corev1.Node:
-			obj = cloudNode(o)
+			part = cloudNode(o)
 		}
 	}
 	// Informer objects are shared and carry no TypeMeta.
-	b, err := json.Marshal(obj)
+	b, err := json.Marshal(part)
 	if err != nil {
 		return nil, err
 	}
@@ -98,6 +106,10 @@ func refsOf(obj runtime.Object) []edgeapi.Ref {
 		return roleRef(o.RoleRef, o.Namespace)
 	case *rbacv1.ClusterRoleBinding:
 		return roleRef(o.RoleRef, "")
+	case *v1alpha1.Device:
+		return deviceRefs(o)
+	case *v1alpha1.TelemetryRoute:
+		return routeRefs(o)
 	}
 	return nil
 }

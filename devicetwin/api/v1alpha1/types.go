@@ -258,7 +258,7 @@ type Refresh struct {
 	// +kubebuilder:validation:MaxItems=2
 	// +kubebuilder:validation:items:Enum=online;edgeStart
 	// +listType=atomic
-	On []string `json:"on,omitempty"` // online, edgeStart; default both
+	On []string `json:"at,omitempty"` // online, edgeStart; default both. Not "on": YAML takes that for true
 	// +optional
 	// +kubebuilder:validation:Schemaless
 	// +kubebuilder:validation:Type=string
