@@ -30,14 +30,15 @@ type device struct {
 	refresh  []*refresh
 	routes   []*route
 	err      error            // nothing of the device works
-	problems map[string]error // by property: it alone does not work
+	problems map[string]error // by property or command: it alone does not work
 	replies  *replies
 
 	// Of profiles with ways of their own; nil: the general one.
 	ownWrite   func(ctx context.Context, p *property, v any, w devicetwin.WriteRequest) error
 	ownCommand func(ctx context.Context, c *command, r devicetwin.CommandRequest) (json.RawMessage, error)
 	ownRefresh func(ctx context.Context) error
-	stop       func() // undoes what the profile holds outside of the device
+	stop       func()        // undoes what the profile holds outside of the device
+	hw         *hwDeviceTwin // of profile kubeedge
 
 	// Topics of the device's own doing that are no routes or writes here.
 	morePublished, moreSubscribed []string
@@ -125,6 +126,10 @@ type env struct {
 	driver      *Driver // nil: only the topics are wanted
 }
 
+// commandProblem is before a command's name in device.problems; no property is
+// called so.
+const commandProblem = "command "
+
 // compile never fails as a whole: what is wrong with a property is said with
 // that property, and the others work.
 func compile(b devicetwin.Bound, e env) *device {
@@ -167,7 +172,8 @@ func compile(b devicetwin.Bound, e env) *device {
 	}
 	for i := range c.model.Spec.Commands {
 		if err := c.command(&c.model.Spec.Commands[i]); err != nil {
-			d.problems[""] = fmt.Errorf("model %s, command %s: %w", c.model.Name, c.model.Spec.Commands[i].Name, err)
+			name := c.model.Spec.Commands[i].Name
+			d.problems[commandProblem+name] = fmt.Errorf("model %s, command %s: %w", c.model.Name, name, err)
 		}
 	}
 	if err := c.liveness(); err != nil {
@@ -305,6 +311,9 @@ func (c *compiler) filter(s string) (string, error) {
 	if err := checkFilter(out); err != nil {
 		return "", err
 	}
+	if strings.HasPrefix(out, "$") {
+		return "", fmt.Errorf("topic %q: is not a device's", out)
+	}
 	if isOurs(out) && !strings.HasPrefix(out, c.device.params["replyTo"]+"/") {
 		return "", fmt.Errorf("topic %q: %s is the node's own", out, reserved)
 	}
@@ -320,7 +329,7 @@ func (c *compiler) topic(s string) (string, error) {
 	if err := checkTopic(out); err != nil {
 		return "", err
 	}
-	if isOurs(out) || strings.HasPrefix(out, "$") && c.device.profile != v1alpha1.ProfileKubeEdge {
+	if isOurs(out) || strings.HasPrefix(out, "$") {
 		return "", fmt.Errorf("topic %q: is not a device's", out)
 	}
 	return out, nil
@@ -520,8 +529,9 @@ func (c *compiler) command(spec *v1alpha1.Command) error {
 	}
 	args := map[string]bool{}
 	for _, p := range spec.Params {
-		if _, ok := c.device.params[p.Name]; ok {
-			return fmt.Errorf("param %s is one of the device's already", p.Name)
+		switch p.Name {
+		case "node", "namespace", "device", "replyTo", "cmdSeq", "cmdId":
+			return fmt.Errorf("param %s is the node's own; name it otherwise", p.Name)
 		}
 		args[p.Name] = true
 	}

@@ -58,6 +58,7 @@ type Driver struct {
 	expressions *expressions
 	seq         atomic.Int64
 	outbox      chan mqtt.Message
+	jobs        chan func(context.Context)
 	dropped     atomic.Int64
 	timers      *timers
 	changed     chan struct{} // of one: the subscriptions may need work
@@ -67,6 +68,7 @@ type Driver struct {
 	mu        sync.Mutex
 	devices   map[devicetwin.Key]*device
 	refreshes []asking // to be sent, each once
+	members   *hwMembership
 
 	subs map[string]*subscription // of Run alone
 }
@@ -88,12 +90,15 @@ func New(cfg Config) (*Driver, error) {
 		log:         cmp.Or(cfg.Log, slog.New(slog.DiscardHandler)),
 		expressions: newExpressions(),
 		outbox:      make(chan mqtt.Message, 1024),
+		jobs:        make(chan func(context.Context), 256),
+		members:     &hwMembership{},
 		timers:      newTimers(),
 		changed:     make(chan struct{}, 1),
 		asks:        make(chan struct{}, 1),
 		devices:     map[devicetwin.Key]*device{},
 		subs:        map[string]*subscription{},
 	}
+	d.members.driver = d
 	// Answers to a run before this one do not match.
 	d.seq.Store(time.Now().Unix() % (1 << 20) << 10)
 	return d, nil
@@ -110,6 +115,7 @@ func (d *Driver) Run(ctx context.Context) error {
 	g.Go(func() error { return d.speak(ctx) })
 	g.Go(func() error { return d.ask(ctx) })
 	g.Go(func() error { return d.timers.run(ctx) })
+	g.Go(func() error { return d.work(ctx) })
 	err := g.Wait()
 	if errors.Is(err, context.Canceled) {
 		return nil
@@ -152,6 +158,7 @@ func (d *Driver) Set(devices []devicetwin.Bound, discoveries []*v1alpha1.DeviceD
 		}
 	}
 	d.devices = next
+	d.setMembersLocked()
 	d.refreshes = slices.DeleteFunc(d.refreshes, func(a asking) bool { return a.device.gone.Load() })
 	d.mu.Unlock()
 
@@ -181,7 +188,7 @@ func (d *Driver) tellProblems(dev *device) {
 	}
 	for name, err := range dev.problems {
 		d.log.Warn("part of a device's mapping is void", "device", dev.key.String(), "property", name, "err", err)
-		if name != "" && dev.err == nil {
+		if dev.err == nil && slices.Contains(dev.names, name) {
 			readings = append(readings, devicetwin.Reading{Property: name, Bad: err})
 		}
 	}
@@ -340,7 +347,7 @@ func (d *Driver) reconcile() {
 func (d *Driver) routes() []*route {
 	d.mu.Lock()
 	devices := slices.Collect(maps.Values(d.devices))
-	var all []*route
+	all := slices.Clone(d.members.routes)
 	d.mu.Unlock()
 	slices.SortFunc(devices, func(a, b *device) int {
 		return cmp.Or(cmp.Compare(a.key.Namespace, b.key.Namespace), cmp.Compare(a.key.Name, b.key.Name))
@@ -373,6 +380,31 @@ func (d *Driver) later(m mqtt.Message) {
 	default:
 		if n := d.dropped.Add(1); n&(n-1) == 0 {
 			d.log.Warn("answers dropped; the broker takes none", "topic", m.Topic, "dropped", n)
+		}
+	}
+}
+
+// job has fn done in order with all other jobs, outside of the broker's
+// goroutine: it may wait. Beyond the bound it is dropped; who asked asks again.
+func (d *Driver) job(dev *device, fn func(context.Context)) {
+	select {
+	case d.jobs <- fn:
+	default:
+		if n := d.dropped.Add(1); n&(n-1) == 0 {
+			d.log.Warn("requests dropped; too many at once", "device", dev.key.String(), "dropped", n)
+		}
+	}
+}
+
+func (d *Driver) work(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case fn := <-d.jobs:
+			one, cancel := context.WithTimeout(ctx, defaultTimeout)
+			fn(one)
+			cancel()
 		}
 	}
 }

@@ -167,3 +167,13 @@ func checkDepth(b []byte) error {
 	}
 	return nil
 }
+
+// String is a path that parsePath reads as p.
+func (p path) String() string {
+	escape := strings.NewReplacer(`\`, `\\`, `.`, `\.`, `[`, `\[`)
+	parts := make([]string, len(p))
+	for i, segment := range p {
+		parts[i] = escape.Replace(segment)
+	}
+	return strings.Join(parts, ".")
+}

@@ -31,6 +31,9 @@ var profiles = map[string]profile{
 	v1alpha1.ProfileJSON:        {},
 	v1alpha1.ProfileZigbee2MQTT: zigbee2mqtt,
 	v1alpha1.ProfileTasmota:     tasmota,
+	v1alpha1.ProfileShelly2:     shelly2,
+	v1alpha1.ProfileHomie5:      homie5,
+	v1alpha1.ProfileKubeEdge:    kubeedge,
 }
 
 // words gives a bool property without a map the words of its profile.

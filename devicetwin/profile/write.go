@@ -63,6 +63,9 @@ func (d *Driver) Command(ctx context.Context, r devicetwin.CommandRequest) (json
 		return nil, err
 	}
 	c := dev.commands[r.Name]
+	if err := dev.problems[commandProblem+r.Name]; err != nil {
+		return nil, fmt.Errorf("device %s: %w", r.Device, err)
+	}
 	if c == nil {
 		return nil, fmt.Errorf("device %s: command %s: the model has none of that name", r.Device, r.Name)
 	}
