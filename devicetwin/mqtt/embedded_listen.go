@@ -278,7 +278,7 @@ func (b *Embedded) serve(ctx context.Context, c *conn) {
 		// is cut short is one of those that would end the process.
 		if p := recover(); p != nil {
 			b.stats.panics.Add(1)
-			b.slow.Warn("an MQTT packet could not be handled; its connection is closed", "panic", p, "stack", string(debug.Stack()))
+			b.slow.Warn("an MQTT packet could not be handled; its connection is closed", "client", c.id, "panic", p, "stack", string(debug.Stack()))
 		}
 	}()
 	deadline := time.Now().Add(b.limit.ConnectTimeout)
