@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/skerry-io/skerry/e2e/cluster"
@@ -31,7 +32,9 @@ func main() {
 	settle := flag.Duration("settle", 60*time.Second, "idle time over which memory and processor are read")
 	idle := flag.Duration("idle", 10*time.Minute, "idle time over which bytes to disk are counted")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	// What was made on the host is taken down whoever ends us: each part cleans
+	// up with a context of its own.
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	b := &bench{runs: *runs, settle: *settle, idle: *idle, kubelet: *kubelet}
 	if b.kubelet != "" {

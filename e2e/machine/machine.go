@@ -265,6 +265,10 @@ func (b *boot) over() bool {
 	}
 }
 
+// abortTimeout bounds how long is waited for the remains of a machine that did
+// not start.
+const abortTimeout = 30 * time.Second
+
 // powerOnLocked starts pid 1 and returns when it serves requests.
 func (m *Machine) powerOnLocked(ctx context.Context) (*boot, error) {
 	fail := func(err error) (*boot, error) {
@@ -330,6 +334,9 @@ func (m *Machine) powerOnLocked(ctx context.Context) (*boot, error) {
 		cmd.Process.Kill()
 		<-b.gone
 		lifeW.Close()
+		// What ended ctx must not keep what was made from being removed.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), abortTimeout)
+		defer cancel()
 		return fail(errors.Join(err, m.awaitLinkGone(ctx), m.removeCgroups(ctx)))
 	}
 	if err := m.connectLink(ctx, b.pid); err != nil {
