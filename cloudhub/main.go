@@ -49,6 +49,7 @@ func newCommand() *cobra.Command {
 		newStandaloneCommand(),
 		newTokenCommand(),
 		newNodeCommand(),
+		newMigrateCommand(),
 		kubectl.NewCommand(controlplane.AdminKubeconfigPath(defaultDataDir)),
 	)
 	return root
