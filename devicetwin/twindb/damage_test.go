@@ -23,7 +23,7 @@ import (
 
 // kills is how often the SIGKILL test kills; for a longer run:
 // go test ./devicetwin/twindb -run SIGKILL -kills 2000 -timeout 1h
-var kills = flag.Int("kills", 60, "how many times to kill a database under churn")
+var kills = flag.Int("kills", 30, "how many times to kill a database under churn")
 
 // A child process commits and says on its standard output what was acknowledged;
 // it is killed in the middle, again and again. Whatever it said must be there,
