@@ -74,13 +74,15 @@ func (l *Log) load() error {
 		return cmp.Or(cmp.Compare(a.segment, b.segment), cmp.Compare(b.level, a.level), boolOrder(a.zst, b.zst))
 	})
 	var twice []*segment
-	l.segs = slices.CompactFunc(l.segs, func(a, b *segment) bool {
-		if a.segment == b.segment {
-			twice = append(twice, b)
-			return true
+	segs := l.segs
+	l.segs = nil
+	for _, s := range segs {
+		if n := len(l.segs); n > 0 && l.segs[n-1].segment == s.segment {
+			twice = append(twice, s)
+			continue
 		}
-		return false
-	})
+		l.segs = append(l.segs, s)
+	}
 	l.incarnation = newIncarnation()
 	if n := len(l.segs); n > 0 {
 		l.incarnation = l.segs[n-1].incarnation

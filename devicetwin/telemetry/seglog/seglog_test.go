@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -443,6 +444,7 @@ func TestNoAcknowledgedRecordIsLostToSIGKILL(t *testing.T) {
 		cmd.Env = append(os.Environ(), "SKERRY_SEGLOG_CRASH="+dir, fmt.Sprint("SKERRY_SEGLOG_ROUND=", round))
 		out, err := cmd.StdoutPipe()
 		must(t, err)
+		cmd.Stderr = os.Stderr
 		must(t, cmd.Start())
 		var timer *time.Timer
 		in := bufio.NewScanner(out)
@@ -466,7 +468,7 @@ func TestNoAcknowledgedRecordIsLostToSIGKILL(t *testing.T) {
 		}
 		timer.Stop()
 	}
-	l := mustOpen(t, Config{Dir: dir, SegmentBytes: 32 << 10})
+	l := mustOpen(t, Config{Dir: dir, SegmentBytes: 32 << 10, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
 	there := map[string]int{}
 	for _, rec := range drain(t, mustReader(t, l, nil)) {
 		if rec.Kind == KindGap {
@@ -484,6 +486,10 @@ func TestNoAcknowledgedRecordIsLostToSIGKILL(t *testing.T) {
 			t.Errorf("%s is there %d times", name, there[name])
 		}
 	}
+	if t.Failed() {
+		files, err := filepath.Glob(filepath.Join(dir, "*"))
+		t.Logf("files: %v %q", err, files)
+	}
 	t.Logf("%d kills, %d acknowledged, %d read meanwhile, %d there", *kills, len(acked), len(ids), len(there))
 	if len(acked) < *kills || len(ids) < *kills {
 		t.Error("hardly anything was acknowledged between the kills")
@@ -491,7 +497,7 @@ func TestNoAcknowledgedRecordIsLostToSIGKILL(t *testing.T) {
 }
 
 func appendUntilKilled(t *testing.T, dir string) {
-	l, err := Open(Config{Dir: dir, SegmentBytes: 32 << 10})
+	l, err := Open(Config{Dir: dir, SegmentBytes: 32 << 10, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
 	must(t, err)
 	var wg sync.WaitGroup
 	var lost atomic.Bool // the parent is gone
@@ -605,6 +611,33 @@ func TestAFullFileSystem(t *testing.T) {
 	l = mustOpen(t, l.cfg)
 	if again, missing := tally(t, drain(t, mustReader(t, l, nil))); !slices.Equal(again, numbers) || missing != 2 {
 		t.Errorf("after a restart %d of %d, %d missing", len(again), len(numbers), missing)
+	}
+}
+
+// A power cut between the making of a compressed segment and the removal of
+// what it was made of leaves both; one goes, and no record with it.
+func TestASegmentThatIsThereTwice(t *testing.T) {
+	cfg := Config{Dir: t.TempDir(), SegmentBytes: 16 << 10}
+	l := mustOpen(t, cfg)
+	appendN(t, l, 0, 10)
+	must(t, l.Close())
+	logs, err := filepath.Glob(filepath.Join(cfg.Dir, "*.log"))
+	must(t, err)
+	b, err := os.ReadFile(logs[0])
+	must(t, err)
+	l = mustOpen(t, cfg)
+	waitFor(t, "compression", func() bool { return compressed(l) })
+	must(t, l.Close())
+	for range 2 {
+		must(t, os.WriteFile(logs[0], b, 0o600))
+		l = mustOpen(t, cfg)
+		if numbers, missing := tally(t, drain(t, mustReader(t, l, nil))); len(numbers) != 10 || missing != 0 {
+			t.Errorf("%v came, %d missing", numbers, missing)
+		}
+		if _, err := os.Stat(logs[0]); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("still there: %v", err)
+		}
+		must(t, l.Close())
 	}
 }
 
