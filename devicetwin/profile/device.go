@@ -39,6 +39,7 @@ type device struct {
 	ownRefresh func(ctx context.Context) error
 	stop       func()        // undoes what the profile holds outside of the device
 	hw         *hwDeviceTwin // of profile kubeedge
+	sp         *spDevice     // of profile sparkplugB
 
 	// Topics of the device's own doing that are no routes or writes here.
 	morePublished, moreSubscribed []string
@@ -215,16 +216,18 @@ type compiler struct {
 	profile profile
 	byTopic map[string]*route // of reads
 	asked   map[string]*refresh
+	named   string // param device, where the Device or the model has one
 }
 
 // setParams gathers what ${} may name.
 func (c *compiler) setParams(dev *v1alpha1.Device) error {
 	key := c.device.key
 	own := map[string]string{
-		"node": c.node, "namespace": key.Namespace, "device": key.Name,
+		"node": c.node, "namespace": key.Namespace,
 		"replyTo": replyTo(c.node, key),
 	}
 	params := maps.Clone(own)
+	params["device"] = key.Name // unless the device's own param is called so
 	for _, p := range c.model.Spec.Params {
 		if _, ok := own[p.Name]; ok {
 			return fmt.Errorf("model %s: param %s is the node's own", c.model.Name, p.Name)
@@ -249,6 +252,12 @@ func (c *compiler) setParams(dev *v1alpha1.Device) error {
 		params[name] = v
 	}
 	c.device.params = params
+	c.named = dev.Spec.Params["device"]
+	for _, p := range c.model.Spec.Params {
+		if p.Name == "device" {
+			c.named = params["device"]
+		}
+	}
 	return nil
 }
 

@@ -69,6 +69,8 @@ type Driver struct {
 	devices   map[devicetwin.Key]*device
 	refreshes []asking // to be sent, each once
 	members   *hwMembership
+	nodes     map[spID]*spNode
+	hosts     map[string]bool // Sparkplug host ids that were told to be online
 
 	subs map[string]*subscription // of Run alone
 }
@@ -92,6 +94,8 @@ func New(cfg Config) (*Driver, error) {
 		outbox:      make(chan mqtt.Message, 1024),
 		jobs:        make(chan func(context.Context), 256),
 		members:     &hwMembership{},
+		nodes:       map[spID]*spNode{},
+		hosts:       map[string]bool{},
 		timers:      newTimers(),
 		changed:     make(chan struct{}, 1),
 		asks:        make(chan struct{}, 1),
@@ -117,6 +121,7 @@ func (d *Driver) Run(ctx context.Context) error {
 	g.Go(func() error { return d.timers.run(ctx) })
 	g.Go(func() error { return d.work(ctx) })
 	err := g.Wait()
+	d.hostsOffline()
 	if errors.Is(err, context.Canceled) {
 		return nil
 	}
@@ -159,6 +164,7 @@ func (d *Driver) Set(devices []devicetwin.Bound, discoveries []*v1alpha1.DeviceD
 	}
 	d.devices = next
 	d.setMembersLocked()
+	d.setNodesLocked()
 	d.refreshes = slices.DeleteFunc(d.refreshes, func(a asking) bool { return a.device.gone.Load() })
 	d.mu.Unlock()
 
@@ -348,6 +354,9 @@ func (d *Driver) routes() []*route {
 	d.mu.Lock()
 	devices := slices.Collect(maps.Values(d.devices))
 	all := slices.Clone(d.members.routes)
+	for _, n := range d.nodes {
+		all = append(all, n.routes...)
+	}
 	d.mu.Unlock()
 	slices.SortFunc(devices, func(a, b *device) int {
 		return cmp.Or(cmp.Compare(a.key.Namespace, b.key.Namespace), cmp.Compare(a.key.Name, b.key.Name))
@@ -415,11 +424,20 @@ func (d *Driver) speak(ctx context.Context) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case m := <-d.outbox:
-			one, cancel := context.WithTimeout(ctx, 10*time.Second)
-			if err := d.publish(one, m); err != nil && ctx.Err() == nil {
-				d.log.Debug("an answer was not sent", "err", err)
+			for {
+				one, cancel := context.WithTimeout(ctx, defaultTimeout)
+				err := d.publish(one, m)
+				cancel()
+				if !errors.Is(err, mqtt.ErrNotConnected) {
+					if err != nil && ctx.Err() == nil {
+						d.log.Debug("an answer was not sent", "err", err)
+					}
+					break
+				}
+				if err := pause(ctx, refreshRetry); err != nil {
+					return err
+				}
 			}
-			cancel()
 		}
 	}
 }
@@ -556,13 +574,20 @@ func (d *Driver) ask(ctx context.Context) error {
 		case err != nil:
 			d.log.Debug("refresh", "device", dev.key.String(), "err", err)
 		}
-		pause := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-			pause.Stop()
-			return ctx.Err()
-		case <-pause.C:
+		if err := pause(ctx, wait); err != nil {
+			return err
 		}
+	}
+}
+
+func pause(ctx context.Context, wait time.Duration) error {
+	clock := time.NewTimer(wait)
+	defer clock.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-clock.C:
+		return nil
 	}
 }
 

@@ -29,6 +29,7 @@ var update = flag.Bool("update", false, "write the golden files anew")
 //	# where the payloads come from
 //	> topic payload            what comes; >r retained; a payload that starts
 //	                           with hex: is that
+//	>sp topic JSON             a Sparkplug payload, encoded by another encoder
 //	write property JSON        what is wanted of the (first) device
 //	command name JSON
 //	refresh
@@ -115,6 +116,9 @@ func play(t *testing.T, spec, script string) string {
 				payload = string(raw)
 			}
 			broker.say(topic, payload, verb == ">r")
+		case verb == ">sp":
+			topic, payload, _ := strings.Cut(rest, " ")
+			broker.say(topic, string(tahuPayload(t, payload)), false)
 		case verb == "write" || verb == "command" || verb == "refresh":
 			failed := make(chan string, 1)
 			go func() { failed <- act(ctx, d, bound[0], verb, rest) }()
@@ -228,6 +232,9 @@ func shownMessage(m mqtt.Message) string {
 		out += " retain"
 	}
 	payload := string(m.Payload)
+	if strings.HasPrefix(m.Topic, "spBv1.0/") && !strings.HasPrefix(m.Topic, "spBv1.0/STATE/") {
+		return out + " " + shownSparkplug(m.Payload)
+	}
 	for _, c := range m.Payload {
 		if c < ' ' || c > '~' {
 			payload = "hex:" + hex.EncodeToString(m.Payload)

@@ -34,6 +34,7 @@ var profiles = map[string]profile{
 	v1alpha1.ProfileShelly2:     shelly2,
 	v1alpha1.ProfileHomie5:      homie5,
 	v1alpha1.ProfileKubeEdge:    kubeedge,
+	v1alpha1.ProfileSparkplugB:  sparkplugB,
 }
 
 // words gives a bool property without a map the words of its profile.
