@@ -32,7 +32,8 @@ type EmbeddedConfig struct {
 	// ACL says what a client may do; nil: anonymous clients on loopback use all
 	// but the reserved topics.
 	ACL ACL
-	// Retained keeps retained messages over a restart; nil: RAM only.
+	// Retained keeps the retained messages of clients over a restart; nil: RAM
+	// only. What this node itself publishes is not in it: it says that again.
 	Retained RetainedDB
 	Limits   Limits
 	// Sessions is told of clients that come and go, in order for each. It does
@@ -135,7 +136,6 @@ type Embedded struct {
 	seq      atomic.Uint64 // of messages, in the order of their coming
 	self     chan selfMessage
 	closing  chan struct{}
-	pending  chan struct{} // one slot per connection that has not said who it is
 	conns    sync.WaitGroup
 	stats    embeddedCounters
 
@@ -145,10 +145,13 @@ type Embedded struct {
 	sessions  map[string]*session
 	open      map[*conn]struct{}
 	connected int
-	listeners []*listener
-	since     time.Time
-	failure   error
-	connNo    uint64
+	// Connections that have not said who they are: how many, and by address.
+	pendingAll int
+	pending    map[string]int
+	listeners  []*listener
+	since      time.Time
+	failure    error
+	connNo     uint64
 }
 
 type selfMessage struct {
@@ -175,7 +178,7 @@ func (m *stored) expired(now time.Time) bool { return !m.expires.IsZero() && now
 // NewEmbedded checks cfg and loads the retained messages; it starts nothing.
 func NewEmbedded(cfg EmbeddedConfig) (*Embedded, error) {
 	b := &Embedded{cfg: cfg, limit: cfg.Limits.withDefaults(), log: cfg.Log, acl: cfg.ACL, auth: cfg.Auth,
-		closing: make(chan struct{}), sessions: map[string]*session{}, open: map[*conn]struct{}{}}
+		closing: make(chan struct{}), sessions: map[string]*session{}, open: map[*conn]struct{}{}, pending: map[string]int{}}
 	if b.log == nil {
 		b.log = slog.New(slog.DiscardHandler)
 	}
@@ -187,7 +190,6 @@ func NewEmbedded(cfg EmbeddedConfig) (*Embedded, error) {
 	}
 	b.slow = newSampled(b.log, time.Minute)
 	b.self = make(chan selfMessage, b.limit.SelfQueue)
-	b.pending = make(chan struct{}, b.limit.Pending)
 	for _, l := range cfg.Listeners {
 		if err := l.check(); err != nil {
 			return nil, err

@@ -29,17 +29,18 @@ type conn struct {
 	listener    *listener
 	no          uint64
 	loopback    bool
+	from        string // its address, if it is not this machine's
+	deciding    bool   // it has not said who it is; guarded by b.mu
 	certificate *x509.Certificate
 
 	// Owned by the reading goroutine.
-	ctx      context.Context // until it has been let in
-	cl       *mochi.Client
-	deciding bool              // holds a slot of pending
-	head     []byte            // of the first packet, read ahead
-	sniffed  bool              // the first packet is a CONNECT of a bearable size
-	acks     []byte            // to be written before the next read
-	aliases  map[uint16]string // inbound
-	left     bool              // DISCONNECT came: no will
+	ctx     context.Context // until it has been let in
+	cl      *mochi.Client
+	head    []byte            // of the first packet, read ahead
+	sniffed bool              // the first packet is a CONNECT of a bearable size
+	acks    []byte            // to be written before the next read
+	aliases map[uint16]string // inbound
+	left    bool              // DISCONNECT came: no will
 
 	// Set before the session is attached, then constant.
 	id        string
@@ -211,9 +212,6 @@ func (c *conn) kickSlow() { c.kick(packets.ErrQuotaExceeded) }
 func (c *conn) finish() {
 	b := c.b
 	c.Close()
-	if c.deciding {
-		<-b.pending
-	}
 	if c.cl != nil {
 		b.mochi.Clients.Delete(c.cl.ID) // mochi keeps those whose session it thinks it has
 	}
@@ -225,6 +223,7 @@ func (c *conn) finish() {
 	}
 	b.mu.Lock()
 	delete(b.open, c)
+	b.decidedLocked(c)
 	b.mu.Unlock()
 	close(c.finished)
 }

@@ -40,7 +40,9 @@ func (h *hook) OnConnect(cl *mochi.Client, pk packets.Packet) error {
 	if err := h.b.admit(c, pk); err != nil {
 		code := packets.ErrServerUnavailable
 		errors.As(err, &code)
-		h.b.mochi.SendConnack(cl, code, false, nil)
+		if _, known := packets.V5CodesToV3[code]; known || c.version == 5 {
+			h.b.mochi.SendConnack(cl, code, false, nil)
+		}
 		return code
 	}
 	return nil
@@ -48,13 +50,16 @@ func (h *hook) OnConnect(cl *mochi.Client, pk packets.Packet) error {
 
 // admit authenticates c and gives it its session.
 func (b *Embedded) admit(c *conn, pk packets.Packet) error {
+	if pk.Properties.AuthenticationMethod != "" {
+		return packets.ErrBadAuthenticationMethod // [MQTT-4.12.0-1]
+	}
 	cr := Credentials{ClientID: c.id, User: string(pk.Connect.Username), Password: pk.Connect.Password,
 		Certificate: c.certificate, Remote: c.RemoteAddr().String(), Loopback: c.loopback, Listener: c.listener.Addr().String()}
 	p, err := b.auth.Authenticate(c.ctx, cr)
 	if err != nil {
 		b.stats.authFailed.Add(1)
 		b.slow.Warn("an MQTT client was refused", "client", c.id, "user", cr.User, "remote", cr.Remote, "error", err)
-		// Guessing is slow. The slot of pending that this holds bounds it too.
+		// Guessing is slow. The room that this still takes bounds it too.
 		select {
 		case <-time.After(200 * time.Millisecond):
 		case <-c.ctx.Done():
@@ -63,6 +68,16 @@ func (b *Embedded) admit(c *conn, pk packets.Packet) error {
 		return packets.ErrBadUsernameOrPassword
 	}
 	c.principal = p
+	if c.will != nil {
+		if b.checkTopic(c.will.Topic) != nil {
+			return packets.ErrTopicNameInvalid
+		}
+		if !b.acl.May(p, c.will.Topic, true) {
+			b.stats.denied.Add(1)
+			b.slow.Warn("an MQTT client may not publish its will; it has none", "client", c.id, "user", p.Name, "topic", c.will.Topic)
+			c.will = nil
+		}
+	}
 	c.window, c.maxPacket = b.limit.Inflight, pk.Properties.MaximumPacketSize
 	if n := int(pk.Properties.ReceiveMaximum); n > 0 {
 		c.window = min(c.window, n)
@@ -152,12 +167,11 @@ func (b *Embedded) attach(c *conn, clean bool) error {
 		s.mu.Unlock()
 		c.session = s
 		b.connected++
+		b.decidedLocked(c)
 		b.mu.Unlock()
 		break
 	}
 	b.sendWill(will)
-	c.deciding = false
-	<-b.pending
 	if b.cfg.Sessions != nil {
 		b.cfg.Sessions(Session{Client: c.id, User: c.principal.Name, Connected: true})
 	}
@@ -253,8 +267,8 @@ func (b *Embedded) takeWill(c *conn, pk packets.Packet) packets.Packet {
 	w := newStored(cp.WillTopic, cp.WillPayload, cp.WillQos, cp.WillRetain, cp.WillProperties)
 	w.From = cp.ClientIdentifier
 	c.will, c.willDelay = w, time.Duration(cp.WillProperties.WillDelayInterval)*time.Second
-	if w.QoS > 2 || b.checkTopic(w.Topic) != nil {
-		return pk // mochi refuses the QoS; published answers for the topic
+	if w.QoS > 2 {
+		return pk // mochi refuses it
 	}
 	cp.WillFlag, cp.WillRetain, cp.WillQos, cp.WillTopic, cp.WillPayload = false, false, 0, "", nil
 	return pk

@@ -218,40 +218,53 @@ func (b *Embedded) accept(ctx context.Context, l *listener) error {
 			}
 			continue
 		}
-		select {
-		case b.pending <- struct{}{}:
-		default:
+		c := b.newConn(nc, l)
+		if c == nil {
 			b.stats.refused.Add(1)
 			nc.Close()
 			continue
-		}
-		c := b.newConn(nc, l)
-		if c == nil {
-			<-b.pending
-			nc.Close()
-			return nil
 		}
 		go b.serve(ctx, c)
 	}
 }
 
-// newConn admits a connection; nil: the broker has been closed.
+// newConn takes a connection on; nil: the broker is closed, or too many have
+// not said who they are. One address has a quarter of the room, so that it
+// cannot shut the others out.
 func (b *Embedded) newConn(nc net.Conn, l *listener) *conn {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.closed {
+	loopback := isLoopback(nc)
+	from := ""
+	if a, ok := nc.RemoteAddr().(*net.TCPAddr); ok && !loopback {
+		from = a.IP.String()
+	}
+	if b.closed || b.pendingAll >= b.limit.Pending || from != "" && b.pending[from] >= max(1, b.limit.Pending/4) {
 		return nil
 	}
+	b.pendingAll++
+	b.pending[from]++
 	b.connNo++
-	loopback := isLoopback(nc)
 	if l.tls != nil {
 		nc = tls.Server(nc, &tls.Config{GetConfigForClient: l.tls.config, MinVersion: tls.VersionTLS12})
 	}
 	c := &conn{Conn: nc, b: b, listener: l, no: b.connNo, wake: make(chan struct{}, 1), closed: make(chan struct{}),
-		written: make(chan struct{}), finished: make(chan struct{}), loopback: loopback, deciding: true}
+		written: make(chan struct{}), finished: make(chan struct{}), loopback: loopback, from: from, deciding: true}
 	b.open[c] = struct{}{}
 	b.conns.Add(1)
 	return c
+}
+
+// decidedLocked gives back the room that c had while it was not known.
+func (b *Embedded) decidedLocked(c *conn) {
+	if !c.deciding {
+		return
+	}
+	c.deciding = false
+	b.pendingAll--
+	if b.pending[c.from]--; b.pending[c.from] == 0 {
+		delete(b.pending, c.from)
+	}
 }
 
 func isLoopback(nc net.Conn) bool {

@@ -1,6 +1,7 @@
 package mqtt
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -58,7 +59,7 @@ func (r *retainedStore) load(now time.Time) (lost int, err error) {
 			return nil
 		}
 		if err == nil {
-			err = r.put(m)
+			_, err = r.put(m)
 		}
 		if err != nil {
 			remove = append(remove, key)
@@ -76,46 +77,53 @@ func (r *retainedStore) load(now time.Time) (lost int, err error) {
 // [MQTT-3.3.1-10]. What goes to the DB is what is kept when it asks.
 func (r *retainedStore) keep(m *stored) error {
 	if len(m.Payload) == 0 {
-		if r.drop(m.Topic, nil) {
-			r.dirty(m.Topic)
+		if old := r.drop(m.Topic, nil); old != nil {
+			r.dirty(old, nil)
 		}
 		return nil
 	}
-	if err := r.put(m); err != nil {
-		return err
+	old, err := r.put(m)
+	if err == nil {
+		r.dirty(old, m)
 	}
-	r.dirty(m.Topic)
-	return nil
+	return err
 }
 
-func (r *retainedStore) dirty(topic string) {
-	if r.db == nil {
+// lasting says whether m is for the DB: what this node itself says it says
+// again after a restart, and often.
+func (m *stored) lasting() bool { return m != nil && m.From != "" }
+
+// dirty tells the DB of a change.
+func (r *retainedStore) dirty(old, m *stored) {
+	if r.db == nil || !old.lasting() && !m.lasting() {
 		return
 	}
+	topic := cmp.Or(m, old).Topic
 	r.db.Dirty(RetainedBucket, topic, func() []byte {
-		if m := r.get(topic); m != nil {
+		if m := r.get(topic); m.lasting() {
 			return encodeRetained(m)
 		}
 		return nil
 	})
 }
 
-func (r *retainedStore) put(m *stored) error {
+// put gives what was there.
+func (r *retainedStore) put(m *stored) (was *stored, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	cost := retainedSize(m)
-	old := r.seekLocked(m.Topic)
 	count, size := r.count+1, r.size+cost
-	if old != nil && old.m != nil {
-		count, size = r.count, size-retainedSize(old.m)
+	if old := r.seekLocked(m.Topic); old != nil && old.m != nil {
+		was = old.m
+		count, size = r.count, size-retainedSize(was)
 	}
 	// A topic that is there may always shrink.
-	if count > r.messages || size > r.bytes && size > r.size {
-		return errRetainedFull
+	if count > r.messages && was == nil || size > r.bytes && size > r.size {
+		return nil, errRetainedFull
 	}
 	r.setLocked(m)
 	r.count, r.size = count, size
-	return nil
+	return was, nil
 }
 
 func retainedSize(m *stored) int {
@@ -160,19 +168,21 @@ func (r *retainedStore) get(topic string) *stored {
 	return nil
 }
 
-// drop forgets what topic has, where only is not nil only if it is that.
-func (r *retainedStore) drop(topic string, only *stored) bool {
+// drop forgets what topic has, where only is not nil only if it is that. It
+// gives what was there.
+func (r *retainedStore) drop(topic string, only *stored) *stored {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	n := r.seekLocked(topic)
 	if n == nil || n.m == nil || only != nil && n.m != only {
-		return false
+		return nil
 	}
+	was := n.m
 	r.count--
-	r.size -= retainedSize(n.m)
+	r.size -= retainedSize(was)
 	n.m = nil
 	r.root.trim(topic, true)
-	return true
+	return was
 }
 
 // trim takes away the nodes of topic that hold nothing any more.
@@ -246,8 +256,8 @@ func (r *retainedStore) expire(now time.Time) {
 	r.root.all(false, &all)
 	r.mu.RUnlock()
 	for _, m := range all {
-		if m.expired(now) && r.drop(m.Topic, m) {
-			r.dirty(m.Topic)
+		if m.expired(now) && r.drop(m.Topic, m) != nil {
+			r.dirty(m, nil)
 		}
 	}
 }
