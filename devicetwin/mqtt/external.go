@@ -28,13 +28,19 @@ type ExternalConfig struct {
 	// It must stay the same over restarts. Zero means skerry.
 	ClientID string
 	Node     string
-	// Username and PasswordFile, CAFile (zero: the system's), CertFile and
+	// Username, Password (or PasswordFile), CAFile (zero: the system's), CertFile and
 	// KeyFile are read at each connect, so that they can be changed in place.
 	Username     string
+	Password     string
 	PasswordFile string
 	CAFile       string
 	CertFile     string
 	KeyFile      string
+	// Bridge asks the broker to take this client for a bridge: it then does not
+	// give it back what it published, and tells of each message whether it is to
+	// be retained, so that Retain may mean either. One that knows nothing of it
+	// is asked for an ordinary connection.
+	Bridge bool
 	// CleanSession has the broker keep nothing while there is no connection.
 	// What it had handed over and was not acknowledged is then lost with it.
 	CleanSession bool
@@ -104,8 +110,9 @@ type External struct {
 	routes   *routes         // of subs
 	link     *link           // nil: not connected
 	state    State
-	refused  string // of subscriptions, as told in State
-	epoch    uint64 // of the last link
+	refused  string    // of subscriptions, as told in State
+	epoch    uint64    // of the last link
+	plain    plainness // owned by Run
 	resubbed chan struct{}
 }
 
@@ -138,7 +145,7 @@ func NewExternal(cfg ExternalConfig) (*External, error) {
 	if (cfg.CertFile == "") != (cfg.KeyFile == "") {
 		return nil, errors.New("mqtt: a client certificate needs its key, and a key its certificate")
 	}
-	if cfg.PasswordFile != "" && cfg.Username == "" {
+	if cfg.PasswordFile+cfg.Password != "" && cfg.Username == "" {
 		return nil, errors.New("mqtt: a password needs a username") // [MQTT-3.1.2-22]
 	}
 	for _, m := range []*Message{cfg.Will, cfg.Birth} {
@@ -276,7 +283,14 @@ func (e *External) connection(ctx context.Context) error {
 	e.mu.Unlock()
 
 	if err := l.connect(ctx); err != nil {
-		return err
+		if e.plain == plainUnknown || !l.private {
+			return err
+		}
+		e.log.Info("the broker does not take this client for a bridge; an ordinary connection is made")
+		l = newLink(e, l.epoch)
+		if err := l.connect(ctx); err != nil {
+			return err
+		}
 	}
 	e.counts.connects.Add(1)
 	e.mu.Lock()
@@ -456,6 +470,44 @@ func (e *External) send(ctx context.Context, m Message) (*sending, error) {
 	m.QoS = min(m.QoS, 1)
 	m.Payload = bytes.Clone(m.Payload)
 	return l.send(ctx, m)
+}
+
+// plainness is whether Bridge was refused.
+type plainness int
+
+const (
+	plainUnknown plainness = iota
+	plainNext              // the connection was cut at CONNECT: try without, once
+	plainAlways            // it said so
+)
+
+// private says that the broker takes this client for a bridge.
+func (e *External) private() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.link != nil && e.link.private
+}
+
+// What a broker has retained comes right after it has granted a subscription;
+// when none has come for replayQuiet it is taken to be through, and in any case
+// after replayLongest.
+const (
+	replayQuiet   = 200 * time.Millisecond
+	replayLongest = 10 * time.Second
+)
+
+// replayed says that what the broker had retained has come and was handled.
+func (e *External) replayed() bool {
+	e.mu.Lock()
+	l, routes := e.link, e.routes
+	e.mu.Unlock()
+	switch {
+	case l == nil:
+		return false
+	case time.Since(l.began) > replayLongest:
+		return true
+	}
+	return l.settled.Load() == routes && e.inbox.len() == 0 && time.Since(time.Unix(0, l.replayAt.Load())) > replayQuiet
 }
 
 // subscription is one Subscribe.

@@ -75,6 +75,11 @@ func clientTLS(host string, cfg *ExternalConfig) (*tls.Config, error) {
 // byte per system call. A PUBLISH that is too long is cut to an empty one and
 // noted, so that it can be acknowledged and does not come back for ever. Every
 // write has a deadline.
+//
+// A failed write is not told to the client, which would close the connection
+// over what has arrived and was not read yet: the last words of a broker that
+// died, which it will not repeat if it had not saved them. It is the reader who
+// ends the connection.
 type packetConn struct {
 	net.Conn
 	in    *bufio.Reader
@@ -133,12 +138,22 @@ func (c *packetConn) wasCut(n uint64) bool {
 }
 
 func (c *packetConn) Write(p []byte) (int, error) {
-	if err := c.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
-		return 0, c.reason(err)
-	}
+	_ = c.SetWriteDeadline(time.Now().Add(writeTimeout)) // of a closed one the write tells
 	n, err := c.Conn.Write(p)
-	return n, c.reason(err)
+	if err == nil {
+		return n, nil
+	}
+	c.mu.Lock()
+	if c.dead == nil {
+		c.dead = err
+	}
+	c.mu.Unlock()
+	_ = c.SetReadDeadline(time.Now().Add(lastWords))
+	return len(p), nil
 }
+
+// lastWords is for how long a connection is read that cannot be written to.
+const lastWords = 2 * time.Second
 
 func (c *packetConn) Read(p []byte) (int, error) {
 	for len(c.head) == 0 && c.body == 0 {

@@ -29,7 +29,7 @@ type inbox struct {
 	first   int
 	bytes   int
 	latest  map[string]*arrival // by topic, what in queue may give way to a newer one
-	busy    int                 // taken out, and not settled
+	busy    int                 // taken out, and not handled yet
 	space   chan struct{}       // closed and made anew when something was taken out
 	arrived chan struct{}       // pokes run
 	woken   bool                // the subscriptions have changed
@@ -47,7 +47,7 @@ func newInbox(e *External) *inbox {
 func (b *inbox) len() int {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return len(b.queue) - b.first
+	return len(b.queue) - b.first + b.busy
 }
 
 func (b *inbox) wake() {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net"
 	"net/url"
@@ -25,6 +26,8 @@ type link struct {
 	e     *External
 	epoch uint64
 
+	private bool // the broker is asked to take us for a bridge, and does if it accepts
+
 	client paho.Client
 	conn   *packetConn   // set by dial, before client is connected
 	lost   chan struct{} // closed when the client has given up the connection
@@ -40,7 +43,9 @@ type link struct {
 	// Owned by the client's goroutine that calls received.
 	publishes uint64
 
-	settled atomic.Pointer[routes] // those that the broker has granted, or refused
+	settled  atomic.Pointer[routes] // those that the broker has granted, or refused
+	began    time.Time
+	replayAt atomic.Int64 // when a retained message came last, or settled changed; unix ns
 
 	// Owned by subscribe.
 	granted map[string]byte
@@ -51,6 +56,7 @@ func newLink(e *External, epoch uint64) *link {
 	return &link{
 		e:       e,
 		epoch:   epoch,
+		began:   time.Now(),
 		lost:    make(chan struct{}),
 		out:     make(chan *sending),
 		window:  make(chan struct{}, e.cfg.Window),
@@ -75,6 +81,11 @@ func (l *link) connect(ctx context.Context) error {
 	opts.Servers = []*url.URL{l.e.url}
 	opts.SetClientID(l.e.id)
 	opts.SetProtocolVersion(4)
+	if l.private = cfg.Bridge && l.e.plain == plainUnknown; l.private {
+		opts.SetProtocolVersion(0x84)
+	} else if l.e.plain == plainNext {
+		l.e.plain = plainUnknown
+	}
 	opts.SetCleanSession(cfg.CleanSession)
 	opts.SetAutoReconnect(false)
 	opts.SetConnectRetry(false)
@@ -94,6 +105,7 @@ func (l *link) connect(ctx context.Context) error {
 	if cfg.Username != "" {
 		opts.SetUsername(cfg.Username)
 	}
+	opts.SetPassword(cfg.Password)
 	if cfg.PasswordFile != "" {
 		password, err := os.ReadFile(cfg.PasswordFile)
 		if err != nil {
@@ -120,10 +132,16 @@ func (l *link) connect(ctx context.Context) error {
 	token := l.client.Connect().(*paho.ConnectToken)
 	<-token.Done()
 	connected()
-	if err := token.Error(); err != nil {
-		return connectError(token.ReturnCode(), err)
+	err := token.Error()
+	if err == nil {
+		return nil
 	}
-	return nil
+	if l.private && token.ReturnCode() == packets.ErrRefusedBadProtocolVersion {
+		l.e.plain = plainAlways
+	} else if l.private && errors.Is(err, io.EOF) {
+		l.e.plain = plainNext
+	}
+	return connectError(token.ReturnCode(), err)
 }
 
 // connectError says what to do about a refusal.
@@ -196,16 +214,20 @@ func (l *link) received(m paho.Message) {
 		e.ack(m)
 		return
 	}
+	if m.Retained() {
+		l.replayAt.Store(time.Now().UnixNano())
+	}
 	e.inbox.put(&arrival{
 		link: l,
 		m:    m,
 		Message: Message{
-			Topic:    m.Topic(),
-			Payload:  m.Payload(),
-			QoS:      m.Qos(),
-			Retain:   m.Retained(),
-			Dup:      m.Duplicate(),
-			Received: time.Now(),
+			Topic:     m.Topic(),
+			Payload:   m.Payload(),
+			QoS:       m.Qos(),
+			Retain:    m.Retained(),
+			Dup:       m.Duplicate(),
+			AskRetain: l.private && m.Retained(),
+			Received:  time.Now(),
 		},
 	})
 }
@@ -382,6 +404,7 @@ func (l *link) reconcile(first bool) error {
 	if err := l.drop(want); err != nil {
 		return err
 	}
+	l.replayAt.Store(time.Now().UnixNano())
 	l.settled.Store(routes)
 	return nil
 }

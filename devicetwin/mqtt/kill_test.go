@@ -38,14 +38,18 @@ func TestMosquittoKilled(t *testing.T) {
 	})
 	subscribed(t, e)
 	p := startPublisher(t, m.addr)
+	ours, theirs := uint64(0), int32(0)
 	for range *kills {
-		eventually(t, "both connected", func() bool { return e.State().Connected && p.connected.Load() })
+		eventually(t, "both connected again", func() bool {
+			return e.State().Connected && e.Stats().Connects > ours && p.connected.Load() && p.connects.Load() > theirs
+		})
 		<-time.After(100*time.Millisecond + rand.N(250*time.Millisecond))
+		ours, theirs = e.Stats().Connects, p.connects.Load()
 		m.kill()
 		m.start()
 	}
 	p.finish()
-	eventually(t, "all that mosquitto has", func() bool { return e.State().Connected && e.Stats().Queued == 0 && r.quiet() })
+	eventually(t, "all that mosquitto has", func() bool { return e.State().Connected && r.quiet() && e.Stats().Queued == 0 })
 	acked := p.acked()
 	lost := 0
 	for _, id := range acked {
@@ -164,6 +168,7 @@ func (c *captureLog) counts() (total, distinct int) {
 type publisher struct {
 	addr      string
 	connected atomic.Bool
+	connects  atomic.Int32
 	stopping  atomic.Bool
 	done      chan struct{}
 
@@ -265,6 +270,7 @@ func (p *publisher) connect(reading *sync.WaitGroup) {
 	p.conn = conn
 	p.mu.Unlock()
 	p.connected.Store(true)
+	p.connects.Add(1)
 	reading.Go(func() { p.read(conn) })
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -356,6 +362,7 @@ func (r *relay) serve(client net.Conn) {
 	open := make(map[uint16]string)
 	var up sync.WaitGroup
 	up.Go(func() {
+		defer func() { _, _ = io.Copy(io.Discard, client) }()
 		defer broker.Close()
 		pass(client, broker, func(p packets.ControlPacket) {
 			if ack, ok := p.(*packets.PubackPacket); ok {
@@ -382,7 +389,9 @@ func (r *relay) serve(client net.Conn) {
 			r.mu.Unlock()
 		}
 	})
-	client.Close()
+	// The client is to read all of it: a close would cut off, with a reset, what
+	// it has not read yet.
+	_ = client.(*net.TCPConn).CloseWrite()
 	up.Wait()
 }
 

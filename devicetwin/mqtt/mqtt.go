@@ -14,13 +14,16 @@ import (
 
 // Message is one application message.
 type Message struct {
-	Topic    string
-	Payload  []byte
-	QoS      byte
-	Retain   bool // outgoing: keep it; incoming: it had been kept
-	Dup      bool
-	From     string // client id of who published it; "" for this node itself, or unknown (external)
-	Received time.Time
+	Topic   string
+	Payload []byte
+	QoS     byte
+	Retain  bool // outgoing: keep it; incoming: it had been kept
+	Dup     bool
+	// AskRetain, of an incoming message: its publisher asked to keep it, as far
+	// as the broker tells.
+	AskRetain bool
+	From      string // client id of who published it; "" for this node itself, or unknown (external)
+	Received  time.Time
 
 	// MQTT 5; zero where the peer speaks 3.1.1.
 	Expiry      time.Duration
