@@ -31,6 +31,8 @@ type Principal struct {
 	Data any    // what the verifier of a pod's token said of it, for the ACL
 }
 
+func (p *Principal) is(other Principal) bool { return p.Kind == other.Kind && p.Name == other.Name }
+
 // Authenticator says who a client is. ErrUnknownCredentials: it cannot judge
 // such credentials and another one may; any other error refuses the client.
 type Authenticator interface {

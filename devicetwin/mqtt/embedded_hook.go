@@ -126,7 +126,7 @@ func (b *Embedded) attach(c *conn, clean bool) error {
 			}
 		}
 		if old != nil {
-			if old.principal.Name != c.principal.Name || old.principal.Kind != c.principal.Kind {
+			if !old.principal.is(c.principal) {
 				b.mu.Unlock()
 				b.slow.Warn("an MQTT client asked for the name of another that is connected", "client", c.id, "user", c.principal.Name)
 				return packets.ErrClientIdentifierNotValid
@@ -149,7 +149,7 @@ func (b *Embedded) attach(c *conn, clean bool) error {
 			b.slow.Warn("an MQTT client was refused: there are as many as are allowed", "client", c.id, "allowed", b.limit.Clients)
 			return packets.ErrServerUnavailable
 		}
-		if s != nil && (clean || s.owner.Name != c.principal.Name || s.owner.Kind != c.principal.Kind) {
+		if s != nil && (clean || !s.owner.Load().is(c.principal)) {
 			will = s.takeWill()
 			b.endLocked(s)
 			s = nil
@@ -162,7 +162,6 @@ func (b *Embedded) attach(c *conn, clean bool) error {
 			b.stats.resumed.Add(1)
 		}
 		s.mu.Lock()
-		s.owner = c.principal
 		s.attachLocked(c)
 		s.mu.Unlock()
 		c.session = s

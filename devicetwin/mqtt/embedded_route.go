@@ -45,7 +45,7 @@ func (b *Embedded) take(from *conn, m *stored) error {
 // deliver puts m into the queue of a session, and waits for room in it.
 func (b *Embedded) deliver(from *conn, to *target, m *stored) {
 	s := to.session
-	if !b.acl.May(s.owner, m.Topic, false) {
+	if !b.acl.May(*s.owner.Load(), m.Topic, false) {
 		return
 	}
 	o := &outgoing{m: m, qos: min(m.QoS, to.qos), retain: m.Retain && to.asKept, ids: to.ids}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -11,8 +12,8 @@ import (
 type session struct {
 	b     *Embedded
 	id    string
-	owner Principal
-	done  chan struct{} // closed when it has ended
+	owner atomic.Pointer[Principal] // as it last connected
+	done  chan struct{}             // closed when it has ended
 
 	mu       sync.Mutex
 	conn     *conn // nil: away
@@ -88,7 +89,7 @@ func (f *fifo) pop() {
 }
 
 func newSession(b *Embedded, c *conn) *session {
-	return &session{b: b, id: c.id, owner: c.principal, done: make(chan struct{}), subs: map[string]*clientSub{},
+	return &session{b: b, id: c.id, done: make(chan struct{}), subs: map[string]*clientSub{},
 		inflight: map[uint16]*outgoing{}, received: map[uint16]struct{}{}}
 }
 
@@ -164,6 +165,7 @@ func (s *session) movedLocked() {
 // again, in the order of its first sending [MQTT-4.6.0-1].
 func (s *session) attachLocked(c *conn) {
 	s.conn, s.expiry = c, c.expiry
+	s.owner.Store(&c.principal)
 	s.will, s.willAt, s.expires = nil, time.Time{}, time.Time{}
 	c.resend = make([]*outgoing, 0, len(s.inflight))
 	for _, o := range s.inflight {
@@ -240,7 +242,7 @@ func (s *session) nextLocked(c *conn, now time.Time) (o *outgoing, pop func()) {
 		}
 		kept := run.kept[0]
 		m := s.b.retained.get(kept.Topic)
-		if m == nil || m.seq > run.since && m != kept || m.expired(now) || !s.b.acl.May(s.owner, m.Topic, false) {
+		if m == nil || m.seq > run.since && m != kept || m.expired(now) || !s.b.acl.May(*s.owner.Load(), m.Topic, false) {
 			run.kept = run.kept[1:] // gone, or it comes by the queue
 			continue
 		}
