@@ -78,7 +78,9 @@ func (t *Twins) Command(ctx context.Context, dev Key, call CommandCall) CommandS
 		case <-c.done:
 		case <-wait:
 		case <-ctx.Done():
-			return status
+			t.mu.Lock()
+			defer t.mu.Unlock()
+			return c.CommandStatus
 		}
 	}
 }
@@ -304,7 +306,8 @@ func (t *Twins) deliver(ctx context.Context, d *device, c *command) {
 	case errors.Is(err, ErrRejected):
 		t.endLocked(d, c, CommandFailed, http.StatusBadGateway, clip(err.Error(), 256), nil, &fx)
 	case errors.Is(err, ErrNotConnected) && c.queue:
-		c.State, c.retryAt = CommandQueued, time.Now().Add(reachIn*5)
+		c.State, c.retryAt = CommandQueued, time.Now().Add(5*reachIn)
+		t.notifyLocked()
 		fx.commands = append(fx.commands, commandChange{d.key, c.CommandStatus})
 	case errors.Is(err, ErrNotConnected):
 		t.endLocked(d, c, CommandFailed, http.StatusServiceUnavailable, "it was not sent: "+clip(err.Error(), 256), nil, &fx)
@@ -398,6 +401,7 @@ func (t *Twins) endLocked(d *device, c *command, state string, code int, message
 		c.Message = fmt.Sprintf("the answer of %d bytes is not kept", len(result))
 	}
 	close(c.done)
+	t.notifyLocked()
 	fx.commands = append(fx.commands, commandChange{d.key, c.CommandStatus})
 	t.wakeLocked(d, c.ended.Add(keepFor))
 }

@@ -186,7 +186,7 @@ func trvModel() *v1alpha1.DeviceModel {
 			Properties: []v1alpha1.Property{
 				{Name: "temp", Type: "float64", Access: "r", Min: "-40", Max: "80"},
 				{Name: "setpoint", Type: "float64", Access: "rw", Min: "5", Max: "30", Step: "0.5", Tolerance: 0.25},
-				{Name: "mode", Type: "enum", Enum: []string{"heat", "off"}, Access: "rw", Authority: "edge"},
+				{Name: "mode", Type: "enum", Enum: []string{"heat", "off", "eco"}, Access: "rw", Authority: "edge"},
 				{Name: "boost", Type: "int64", Access: "rw", Authority: "lww"},
 				{Name: "fixed", Type: "bool", Access: "rw", LocalOverride: &v1alpha1.LocalOverride{When: "never"}},
 				{Name: "free", Type: "bool", Access: "rw", LocalOverride: &v1alpha1.LocalOverride{When: "always"}},

@@ -27,6 +27,11 @@ func (t *Twins) ringLocked(e ringEntry) {
 		t.ring[t.ringNext] = e
 	}
 	t.ringNext = (t.ringNext + 1) % ringSize
+	t.notifyLocked()
+}
+
+// notifyLocked wakes who waits for a change.
+func (t *Twins) notifyLocked() {
 	if t.waiting != nil {
 		close(t.waiting)
 		t.waiting = nil
