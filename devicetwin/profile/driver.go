@@ -63,6 +63,7 @@ type Driver struct {
 	timers      *timers
 	changed     chan struct{} // of one: the subscriptions may need work
 	asks        chan struct{} // of one: refreshes are wanted
+	subscribed  chan struct{} // closed after the first time
 
 	// lock order: mu, then a device's or a session's; never two of those.
 	mu        sync.Mutex
@@ -99,6 +100,7 @@ func New(cfg Config) (*Driver, error) {
 		timers:      newTimers(),
 		changed:     make(chan struct{}, 1),
 		asks:        make(chan struct{}, 1),
+		subscribed:  make(chan struct{}),
 		devices:     map[devicetwin.Key]*device{},
 		subs:        map[string]*subscription{},
 	}
@@ -110,6 +112,10 @@ func New(cfg Config) (*Driver, error) {
 
 // nextSeq is small enough for devices that count in 31 bits.
 func (d *Driver) nextSeq() int64 { return d.seq.Add(1)&(1<<31-1) | 1<<30 }
+
+// Subscribed is closed once Run has subscribed to what the first Set wants. A
+// broker that lets devices in before loses the first that they say.
+func (d *Driver) Subscribed() <-chan struct{} { return d.subscribed }
 
 // Run listens and speaks until ctx ends.
 func (d *Driver) Run(ctx context.Context) error {
@@ -301,8 +307,11 @@ func (d *Driver) sight(dev *device, s devicetwin.Sighting) {
 
 // subscribe keeps the broker's subscriptions as the devices need them.
 func (d *Driver) subscribe(ctx context.Context) error {
-	for {
+	for first := true; ; first = false {
 		d.reconcile()
+		if first {
+			close(d.subscribed)
+		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()

@@ -54,7 +54,7 @@ type Config struct {
 	// Disciplined tells whether something keeps the machine's clock right; nil
 	// asks the kernel.
 	Disciplined func() bool
-	Log  *slog.Logger // nil discards
+	Log         *slog.Logger // nil discards
 }
 
 // Clock is safe for concurrent use.
