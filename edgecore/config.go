@@ -49,6 +49,7 @@ type Config struct {
 	Images   ImagesConfig   `json:"images,omitempty"`
 	LocalAPI LocalAPIConfig `json:"localAPI,omitempty"`
 	Store    StoreConfig    `json:"store,omitempty"`
+	Devices  DevicesConfig  `json:"devices,omitempty"`
 	Metrics  MetricsConfig  `json:"metrics,omitempty"`
 	Log      LogConfig      `json:"log,omitempty"`
 }
@@ -177,6 +178,9 @@ func loadConfig(dataDir string) (Config, error) {
 		return c, fmt.Errorf("configuration %s: %w", path, err)
 	}
 	c.complete(dataDir)
+	if err := c.Devices.complete(c.LocalAPI.Pods, c.LocalAPI.PodListen); err != nil {
+		return c, fmt.Errorf("configuration %s: %w", path, err)
+	}
 	return c, nil
 }
 

@@ -9,6 +9,7 @@ import (
 
 	"k8s.io/apimachinery/pkg/util/duration"
 
+	"github.com/skerry-io/skerry/edgecore/devices"
 	"github.com/skerry-io/skerry/edgecore/link"
 	"github.com/skerry-io/skerry/edgecore/localapi"
 	"github.com/skerry-io/skerry/edgecore/store"
@@ -47,7 +48,7 @@ func (c *LocalAPIConfig) complete() {
 
 // newLocalAPI is nil when it is off.
 func newLocalAPI(dataDir string, cfg Config, node string, db *store.Store, source *tokens.Source, l *link.Link,
-	kubelet func(context.Context) (http.Handler, error), log *slog.Logger) (*localapi.Server, error) {
+	kubelet func(context.Context) (http.Handler, error), things *devices.Part, log *slog.Logger) (*localapi.Server, error) {
 	if cfg.LocalAPI.Listen == "off" {
 		if cfg.LocalAPI.Pods {
 			return nil, errors.New("configuration: localAPI.pods needs localAPI.listen, which is off")
@@ -57,6 +58,9 @@ func newLocalAPI(dataDir string, cfg Config, node string, db *store.Store, sourc
 	config := localapi.Config{
 		Store: db, NodeName: node, Tokens: source, Dir: dataDir, Listen: cfg.LocalAPI.Listen,
 		ClusterDomain: cfg.Kubelet.ClusterDomain, Kubelet: kubelet, Log: log,
+	}
+	if things != nil {
+		config.Devices = things.Pods()
 	}
 	if cfg.LocalAPI.Pods {
 		config.PodListen = cfg.LocalAPI.PodListen

@@ -50,6 +50,7 @@ func newCommand() *cobra.Command {
 		newRunCommand(),
 		newStatusCommand(),
 		newBytesCommand(),
+		newTwinCommand(),
 		newDrillCommand(),
 		newCheckCommand(),
 		newResetCommand(),

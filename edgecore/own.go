@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/skerry-io/skerry/edgecore/autonomy"
+	"github.com/skerry-io/skerry/edgecore/devices"
 	"github.com/skerry-io/skerry/edgecore/identity"
 	"github.com/skerry-io/skerry/edgecore/link"
 	"github.com/skerry-io/skerry/edgecore/store"
@@ -40,6 +41,7 @@ type ownServer struct {
 	link     *link.Link
 	store    *store.Store
 	ready    *readiness
+	devices  *devices.Part // nil: off
 	started  time.Time
 	clock    *walltime.Clock
 	identity *identity.Identity
@@ -92,6 +94,7 @@ type Status struct {
 	Bytes         Bytes           `json:"bytes"`
 	Autonomy      autonomy.Report `json:"autonomy"`
 	Drill         *DrillStatus    `json:"drill,omitempty"`
+	Devices       *devices.Status `json:"devices,omitempty"`
 }
 
 // listen opens the socket and the port, so that what is wrong with them is
@@ -155,6 +158,11 @@ func (s *ownServer) run(ctx context.Context) error {
 	local := http.NewServeMux()
 	local.HandleFunc("GET /v1/status", s.serveStatus)
 	s.registerDrill(local)
+	if s.devices != nil {
+		local.Handle("/v1/twins", s.devices.Admin())
+		local.Handle("/v1/twins/", s.devices.Admin())
+		local.Handle("/v1/telemetry/", s.devices.Admin())
+	}
 	local.Handle("GET /metrics", s.registry.Handler(authenticated))
 	serve(s.socket, local)
 	if s.loopback != nil {
@@ -209,6 +217,10 @@ func (s *ownServer) status() Status {
 	st.StatesDropped = s.store.Outbox().DroppedStates()
 	st.StoreTrouble, st.StoreMended = s.store.Trouble(), s.store.Mended()
 	st.Bytes = bytesNow(s.started, s.store, s.link)
+	if s.devices != nil {
+		d := s.devices.Status()
+		st.Devices = &d
+	}
 	st.CertificateEnds = s.identity.Certificate().NotAfter
 	if off := s.clock.Off(); off != 0 {
 		st.ClockOff = off.Round(time.Second).String()

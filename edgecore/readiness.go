@@ -17,6 +17,7 @@ import (
 	"k8s.io/kubernetes/pkg/kubelet/apis/config"
 
 	"github.com/skerry-io/skerry/edgecore/autonomy"
+	"github.com/skerry-io/skerry/edgecore/devices"
 	"github.com/skerry-io/skerry/edgecore/drill"
 	"github.com/skerry-io/skerry/edgecore/identity"
 	"github.com/skerry-io/skerry/edgecore/images"
@@ -52,7 +53,8 @@ type readinessConfig struct {
 	store    *store.Store
 	link     *link.Link
 	kubelet  *kubelet.Kubelet
-	endpoint string // of the images
+	endpoint string        // of the images
+	devices  *devices.Part // nil: off
 	log      *slog.Logger
 }
 
@@ -85,6 +87,7 @@ func newReadiness(c readinessConfig) (*readiness, error) {
 			return autonomy.Link{Connected: s.Connected, Drill: r.drill.Cut(), Since: s.Since, LastSync: s.LastSync, Outbox: c.store.Outbox().Depth()}
 		},
 		Certificate: func() *x509.Certificate { return c.id.Certificate() },
+		Conditions:  conditionsOf(c.devices),
 		Dirs:        map[string]string{"store": c.dataDir, "pods": c.kubelet.RootDir()},
 	})
 	if err != nil {

@@ -53,6 +53,9 @@ edgecore must not run.`,
 			if err := identity.Remove(dataDir); err != nil {
 				return err
 			}
+			if err := os.RemoveAll(filepath.Join(dataDir, devicesDir)); err != nil {
+				return err
+			}
 			for _, name := range append(localapi.Files(), configFile, issuerFile, clockFile, metricsToken) {
 				if err := os.Remove(filepath.Join(dataDir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 					return err

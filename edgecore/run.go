@@ -139,9 +139,16 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 	if err != nil {
 		return err
 	}
+	things, err := newDevices(dataDir, cfg, node, db, source, clock, log)
+	if err != nil {
+		return err
+	}
+	if err := uplink.Hold(streamsOf(things)...); err != nil {
+		return err
+	}
 	var kubeletAPI func(context.Context) (http.Handler, error) // for local clients
 	local, err := newLocalAPI(dataDir, cfg, node, db, source, uplink,
-		func(ctx context.Context) (http.Handler, error) { return kubeletAPI(ctx) }, log)
+		func(ctx context.Context) (http.Handler, error) { return kubeletAPI(ctx) }, things, log)
 	if err != nil {
 		return err
 	}
@@ -162,13 +169,13 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 		return err
 	}
 	ready, err := newReadiness(readinessConfig{
-		dataDir: dataDir, cfg: cfg, id: id, store: db, link: uplink, kubelet: k, endpoint: kcfg.ImageEndpoint, log: log,
+		dataDir: dataDir, cfg: cfg, id: id, store: db, link: uplink, kubelet: k, endpoint: kcfg.ImageEndpoint, devices: things, log: log,
 	})
 	if err != nil {
 		return err
 	}
 
-	own := &ownServer{dataDir: dataDir, cfg: cfg, node: node, hub: hub, link: uplink, store: db, ready: ready, started: started, clock: clock, identity: id, log: log}
+	own := &ownServer{dataDir: dataDir, cfg: cfg, node: node, hub: hub, link: uplink, store: db, ready: ready, devices: things, started: started, clock: clock, identity: id, log: log}
 	if err := own.listen(); err != nil {
 		return err
 	}
@@ -186,6 +193,9 @@ func run(ctx context.Context, dataDir string, cfg Config, log *slog.Logger) erro
 	g.Go(func() error { return own.run(ctx) })
 	g.Go(func() error { return ready.run(ctx) })
 	g.Go(func() error { return local.Run(ctx) })
+	if things != nil {
+		g.Go(func() error { return things.Run(ctx) })
+	}
 	g.Go(func() error {
 		return (&notices{store: db, node: node, inStep: uplink.InStep, log: log}).run(ctx)
 	})

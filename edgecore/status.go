@@ -107,6 +107,7 @@ func printStatus(w io.Writer, st Status) {
 	if m := st.StoreMended; m != nil {
 		fmt.Fprintf(w, "disk      the store was DAMAGED and mended %s ago (%s): %d pods, %d objects\n", ago(m.At), m.Cause, m.Pods, m.Objects)
 	}
+	printDevices(w, st.Devices)
 	printReadiness(w, st)
 	fmt.Fprintf(w, "bytes     %d written by the store, %d sent and %d received on this tunnel\n", st.StoreWritten, st.TunnelSent, st.TunnelRecv)
 }

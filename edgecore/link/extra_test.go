@@ -52,16 +52,14 @@ func acceptExtra(t *testing.T, s *tunnel.Session) (*tunnel.Stream, *bufio.Reader
 func TestExtraStreams(t *testing.T) {
 	e := &echoing{}
 	wanted := make(chan struct{})
-	r := newRig(t, openStore(t), func(c *Config) {
-		c.Streams = []Stream{{Kind: kindTest, Serve: e.serve, Await: func(ctx context.Context) error {
-			select {
-			case <-wanted:
-				return nil
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-		}}}
-	})
+	r := newHoldingRig(t, openStore(t), []Stream{{Kind: kindTest, Serve: e.serve, Await: func(ctx context.Context) error {
+		select {
+		case <-wanted:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}}})
 	s := r.session()
 	first, err := s.Accept(t.Context())
 	must(t, err)
@@ -94,9 +92,7 @@ func TestExtraStreams(t *testing.T) {
 
 func TestExtraStreamMovesFromADrainedTunnel(t *testing.T) {
 	e := &echoing{}
-	r := newRig(t, openStore(t), func(c *Config) {
-		c.Streams = []Stream{{Kind: kindTest, Serve: e.serve}}
-	})
+	r := newHoldingRig(t, openStore(t), []Stream{{Kind: kindTest, Serve: e.serve}})
 	s := r.session()
 	st, lines := acceptExtra(t, s)
 	drained := make(chan error, 1)

@@ -49,8 +49,6 @@ type Config struct {
 	WhenDeleted WhenDeleted
 	// HubTime is told the hub's clock with each welcome; nil means nobody cares.
 	HubTime func(now time.Time)
-	// Streams are held open to the hub besides the sync.
-	Streams []Stream
 	Log     *slog.Logger // nil discards
 
 	stall time.Duration // stallTimeout, but in tests
@@ -61,7 +59,7 @@ type Link struct {
 	cfg Config
 	log *slog.Logger
 
-	extras []*extra // of cfg.Streams
+	extras []*extra // see Hold; not changed once Run is called
 
 	firstSync chan struct{} // closed once the store holds a complete set
 	syncOnce  sync.Once
@@ -113,12 +111,6 @@ func New(cfg Config) (*Link, error) {
 		return nil, err
 	}
 	l := &Link{cfg: cfg, log: cfg.Log, firstSync: make(chan struct{}), state: State{Since: time.Now(), Deleted: gone.At}}
-	for _, s := range cfg.Streams {
-		if s.Kind == "" || s.Serve == nil {
-			return nil, errors.New("link: Streams need Kind and Serve")
-		}
-		l.extras = append(l.extras, &extra{Stream: s})
-	}
 	told := cfg.Dialer.Retry
 	cfg.Dialer.Retry = func(err error, wait time.Duration) error {
 		// A tunnel that was closed here was closed for a reason, which is noted

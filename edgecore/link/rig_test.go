@@ -71,6 +71,11 @@ func openStore(t *testing.T) *store.Store {
 
 func newRig(t *testing.T, s *store.Store, change ...func(*Config)) *rig {
 	t.Helper()
+	return newHoldingRig(t, s, nil, change...)
+}
+
+func newHoldingRig(t *testing.T, s *store.Store, hold []Stream, change ...func(*Config)) *rig {
+	t.Helper()
 	r := &rig{t: t, store: s, sessions: make(chan *tunnel.Session, 16)}
 	noLeaks(t)
 	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
@@ -98,6 +103,7 @@ func newRig(t *testing.T, s *store.Store, change ...func(*Config)) *rig {
 	}
 	l, err := New(cfg)
 	must(t, err)
+	must(t, l.Hold(hold...))
 	r.Link = l
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)

@@ -54,6 +54,18 @@ type holding struct {
 	done   chan struct{}
 }
 
+// Hold has the link hold conversations. It is called before Run: who converses
+// may need the Link first.
+func (l *Link) Hold(streams ...Stream) error {
+	for _, s := range streams {
+		if s.Kind == "" || s.Serve == nil {
+			return errors.New("link: a stream needs Kind and Serve")
+		}
+		l.extras = append(l.extras, &extra{Stream: s})
+	}
+	return nil
+}
+
 // streams keeps all extra streams on s until the tunnel ends.
 func (l *Link) streams(ctx context.Context, s *tunnel.Session) error {
 	var g errgroup.Group

@@ -1,0 +1,160 @@
+package devices
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+
+	"golang.org/x/sync/errgroup"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/skerry-io/skerry/devicetwin"
+	"github.com/skerry-io/skerry/devicetwin/mqtt"
+	"github.com/skerry-io/skerry/devicetwin/profile"
+	"github.com/skerry-io/skerry/devicetwin/twindb"
+)
+
+// running is the part while it runs: one broker, one set of twins.
+type running struct {
+	*Part
+	part *Part
+	ctx  context.Context // of the run
+
+	db     *twindb.DB
+	twins  *devicetwin.Twins
+	gate   *gate
+	broker mqtt.Broker
+	choice mqtt.Choice
+	driver *profile.Driver
+	topics *topics
+	events *recorder
+
+	connected atomic.Bool // to an external broker
+}
+
+// assemble opens and wires the parts; it starts nothing.
+func (p *Part) assemble(ctx context.Context) (*running, error) {
+	if err := os.MkdirAll(p.cfg.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("devices: %w", err)
+	}
+	r := &running{Part: p, part: p, events: &recorder{store: p.cfg.Store, node: p.cfg.NodeName, log: p.log}}
+	var err error
+	if r.db, err = twindb.Open(twindb.Config{Path: filepath.Join(p.cfg.Dir, databaseFile), BytesPerDay: p.cfg.BytesPerDay, Log: p.log}); err != nil {
+		return nil, err
+	}
+	if err := r.wire(ctx); err != nil {
+		return nil, errors.Join(err, r.db.Close())
+	}
+	return r, nil
+}
+
+func (r *running) wire(ctx context.Context) error {
+	cfg := r.part.cfg
+	var err error
+	r.twins, err = devicetwin.New(devicetwin.Config{
+		Node: cfg.NodeName, DB: r.db, Now: cfg.Now, Log: r.log, Events: r.tell,
+	})
+	if err != nil {
+		return err
+	}
+	if r.choice, err = mqtt.Choose(ctx, cfg.MQTT.Mode, cfg.MQTT.URL); err != nil {
+		return err
+	}
+	r.gate = newGate(cfg.Access, *cfg.MQTT.AnonymousLoopback)
+	r.gate.sight = r.twins.Sight
+	var who func(string) string
+	if r.choice.Mode == mqtt.ModeEmbedded {
+		who = r.gate.who
+		r.broker, err = r.embedded()
+	} else {
+		r.broker, err = r.external(r.choice.URL)
+	}
+	if err != nil {
+		return err
+	}
+	r.driver, err = profile.New(profile.Config{
+		Node: cfg.NodeName, Broker: r.broker, Sink: r.twins, Twins: views{r.twins}, ExternalSocket: cfg.MapperSocket, Log: r.log,
+	})
+	if err != nil {
+		return err
+	}
+	r.twins.Use(r.driver)
+	r.topics, err = newTopics(r.broker, r.twins, who, r.log)
+	return err
+}
+
+// start starts everything in g; it ends with ctx.
+func (r *running) start(ctx context.Context, g *errgroup.Group) {
+	r.ctx = ctx
+	r.log.Info("devices are served", "mqtt", r.choice.Mode, "why", r.choice.Reason, "url", r.choice.URL)
+	g.Go(func() error { return r.driver.Run(ctx) })
+	g.Go(func() error {
+		select {
+		case <-r.driver.Subscribed(): // before a device speaks
+			return r.broker.Run(ctx)
+		case <-ctx.Done():
+			return nil
+		}
+	})
+	g.Go(func() error { return r.twins.Run(ctx) })
+	g.Go(func() error { return r.topics.run(ctx) })
+}
+
+// close is called once all has ended.
+func (r *running) close() error { return r.db.Close() }
+
+// apply tells everyone what there is.
+func (r *running) apply(s set) {
+	if err := r.gate.set(r.part.cfg.NodeName, s.devices, r.secret); err != nil {
+		r.log.Warn("not all devices get their rights at the broker", "err", err)
+	}
+	r.twins.Set(s.devices, s.discoveries)
+}
+
+func (r *running) secret(namespace, name string) (map[string][]byte, bool) {
+	return secret(r.part.cfg.Store, namespace, name)
+}
+
+// errRetained refuses what would be asked again at every reconnect.
+var errRetained = errors.New("what is asked of the node's API is not to be kept: publish it without retain")
+
+// capture is called with what clients publish, before it is acknowledged.
+func (r *running) capture(m mqtt.Message) error {
+	if m.Retain && r.choice.Mode == mqtt.ModeEmbedded && strings.HasPrefix(m.Topic, topicRoot) {
+		return errRetained
+	}
+	return nil
+}
+
+// tell makes an Event of what a twin has to say.
+func (r *running) tell(e devicetwin.Event) {
+	typ := corev1.EventTypeNormal
+	if e.Warning {
+		typ = corev1.EventTypeWarning
+	}
+	r.log.Info("a device", "device", e.Device.String(), "reason", e.Reason, "message", e.Message)
+	r.events.tell("Device", e.Device, e.UID, typ, e.Reason, e.Message)
+}
+
+func (r *running) status(st *Status) {
+	b := r.broker.State()
+	st.MQTT, st.MQTTReason = &b, r.choice.Reason
+	st.Written = r.db.Stats().Bytes
+	if t := r.db.Trouble(); t != nil {
+		st.DiskTrouble = t.Error
+	}
+	if m := r.db.Mended(); m != nil {
+		st.Mended = m.Cause
+	}
+	for _, d := range r.twins.List() {
+		if st.Phases == nil {
+			st.Phases = map[string]int{}
+		}
+		st.Phases[d.Phase]++
+	}
+}
