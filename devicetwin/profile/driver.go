@@ -66,12 +66,14 @@ type Driver struct {
 	subscribed  chan struct{} // closed after the first time
 
 	// lock order: mu, then a device's or a session's; never two of those.
-	mu        sync.Mutex
-	devices   map[devicetwin.Key]*device
-	refreshes []asking // to be sent, each once
-	members   *hwMembership
-	nodes     map[spID]*spNode
-	hosts     map[string]bool // Sparkplug host ids that were told to be online
+	mu          sync.Mutex
+	devices     map[devicetwin.Key]*device
+	refreshes   []asking // to be sent, each once
+	members     *hwMembership
+	discoveries map[devicetwin.Key]*discovery
+	candidates  budget
+	nodes       map[spID]*spNode
+	hosts       map[string]bool // Sparkplug host ids that were told to be online
 
 	subs map[string]*subscription // of Run alone
 }
@@ -95,6 +97,7 @@ func New(cfg Config) (*Driver, error) {
 		outbox:      make(chan mqtt.Message, 1024),
 		jobs:        make(chan func(context.Context), 256),
 		members:     &hwMembership{},
+		discoveries: map[devicetwin.Key]*discovery{},
 		nodes:       map[spID]*spNode{},
 		hosts:       map[string]bool{},
 		timers:      newTimers(),
@@ -171,6 +174,7 @@ func (d *Driver) Set(devices []devicetwin.Bound, discoveries []*v1alpha1.DeviceD
 	d.devices = next
 	d.setMembersLocked()
 	d.setNodesLocked()
+	d.setDiscoveriesLocked(discoveries)
 	d.refreshes = slices.DeleteFunc(d.refreshes, func(a asking) bool { return a.device.gone.Load() })
 	d.mu.Unlock()
 
@@ -365,6 +369,9 @@ func (d *Driver) routes() []*route {
 	all := slices.Clone(d.members.routes)
 	for _, n := range d.nodes {
 		all = append(all, n.routes...)
+	}
+	for _, x := range d.discoveries {
+		all = append(all, x.routes...)
 	}
 	d.mu.Unlock()
 	slices.SortFunc(devices, func(a, b *device) int {

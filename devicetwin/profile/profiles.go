@@ -27,14 +27,15 @@ type profile struct {
 
 // profiles by name. It is never written to.
 var profiles = map[string]profile{
-	v1alpha1.ProfileRaw:         {text: true},
-	v1alpha1.ProfileJSON:        {},
-	v1alpha1.ProfileZigbee2MQTT: zigbee2mqtt,
-	v1alpha1.ProfileTasmota:     tasmota,
-	v1alpha1.ProfileShelly2:     shelly2,
-	v1alpha1.ProfileHomie5:      homie5,
-	v1alpha1.ProfileKubeEdge:    kubeedge,
-	v1alpha1.ProfileSparkplugB:  sparkplugB,
+	v1alpha1.ProfileRaw:           {text: true},
+	v1alpha1.ProfileJSON:          {},
+	v1alpha1.ProfileZigbee2MQTT:   zigbee2mqtt,
+	v1alpha1.ProfileHomeAssistant: homeassistant,
+	v1alpha1.ProfileTasmota:       tasmota,
+	v1alpha1.ProfileShelly2:       shelly2,
+	v1alpha1.ProfileHomie5:        homie5,
+	v1alpha1.ProfileKubeEdge:      kubeedge,
+	v1alpha1.ProfileSparkplugB:    sparkplugB,
 }
 
 // words gives a bool property without a map the words of its profile.

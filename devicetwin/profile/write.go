@@ -20,8 +20,16 @@ type RefusedError struct{ Reason string }
 
 func (e *RefusedError) Error() string { return "the device refused: " + e.Reason }
 
+// Unwrap is devicetwin.ErrRejected.
+func (e *RefusedError) Unwrap() error { return devicetwin.ErrRejected }
+
 // ErrNoReply says that the device did not answer in time. It may have acted.
-var ErrNoReply = errors.New("the device did not answer")
+var ErrNoReply error = noReply{}
+
+type noReply struct{}
+
+func (noReply) Error() string { return "the device did not answer" }
+func (noReply) Unwrap() error { return context.DeadlineExceeded }
 
 // Write implements devicetwin.Driver.
 func (d *Driver) Write(ctx context.Context, w devicetwin.WriteRequest) error {
@@ -200,10 +208,18 @@ func (d *Driver) send(ctx context.Context, dev *device, w *write, expires, timeo
 
 func (d *Driver) publish(ctx context.Context, m mqtt.Message) error {
 	if err := d.cfg.Broker.Publish(ctx, m); err != nil {
+		if errors.Is(err, mqtt.ErrNotConnected) {
+			err = notConnected{err}
+		}
 		return fmt.Errorf("publish to %s: %w", m.Topic, err)
 	}
 	return nil
 }
+
+// notConnected is the broker's word for devicetwin's.
+type notConnected struct{ error }
+
+func (e notConnected) Unwrap() []error { return []error{e.error, devicetwin.ErrNotConnected} }
 
 // maxPending answers waited for, of one device.
 const maxPending = 64
