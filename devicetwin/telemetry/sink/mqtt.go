@@ -8,7 +8,7 @@ import (
 	"fmt"
 	"net/url"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	paho "github.com/eclipse/paho.mqtt.golang"
@@ -34,7 +34,7 @@ type mqttSink struct {
 
 type mqttLink struct {
 	client paho.Client
-	lost   atomic.Bool
+	lost   chan struct{} // closed when the connection was
 }
 
 func newMQTT(cfg Config) (*mqttSink, error) {
@@ -76,7 +76,9 @@ func newMQTT(cfg Config) (*mqttSink, error) {
 	s.opts.SetAutoReconnect(false)
 	s.opts.SetConnectRetry(false)
 	s.opts.SetConnectTimeout(10 * time.Second)
-	s.opts.SetWriteTimeout(10 * time.Second)
+	// Also how long the library waits, now and then, to hand a message to a
+	// connection that has just ended.
+	s.opts.SetWriteTimeout(min(cfg.Timeout, 10*time.Second))
 	s.opts.SetKeepAlive(30 * time.Second)
 	return s, nil
 }
@@ -96,15 +98,16 @@ func (s *mqttSink) Close() {
 }
 
 func (s *mqttSink) connect(ctx context.Context) (*mqttLink, error) {
-	if s.link != nil && !s.link.lost.Load() && s.link.client.IsConnectionOpen() {
+	if s.link != nil && s.link.up() {
 		return s.link, nil
 	}
 	s.Close()
-	l := &mqttLink{}
+	l := &mqttLink{lost: make(chan struct{})}
 	opts := *s.opts
-	opts.SetConnectionLostHandler(func(paho.Client, error) { l.lost.Store(true) })
+	var once sync.Once
+	opts.SetConnectionLostHandler(func(paho.Client, error) { once.Do(func() { close(l.lost) }) })
 	l.client = paho.NewClient(&opts)
-	if err := s.wait(ctx, l.client.Connect()); err != nil {
+	if err := s.wait(ctx, l, l.client.Connect()); err != nil {
 		l.client.Disconnect(0)
 		return nil, fmt.Errorf("connect to %s://%s: %w", s.url.Scheme, s.url.Host, err)
 	}
@@ -133,7 +136,7 @@ func (s *mqttSink) publish(ctx context.Context, l *mqttLink, records []edgeapi.T
 			return err
 		}
 		if len(flying) == mqttWindow {
-			if err := s.wait(ctx, flying[0]); err != nil {
+			if err := s.wait(ctx, l, flying[0]); err != nil {
 				return err
 			}
 			flying = flying[1:]
@@ -141,23 +144,36 @@ func (s *mqttSink) publish(ctx context.Context, l *mqttLink, records []edgeapi.T
 		flying = append(flying, l.client.Publish(s.topic(r), s.qos, false, payload))
 	}
 	for _, t := range flying {
-		if err := s.wait(ctx, t); err != nil {
+		if err := s.wait(ctx, l, t); err != nil {
 			return err
 		}
 	}
 	// A token may be completed by the end of its connection.
-	if l.lost.Load() || !l.client.IsConnectionOpen() {
-		return errors.New("the connection ended")
+	if !l.up() {
+		return errEnded
 	}
 	return nil
 }
 
-func (s *mqttSink) wait(ctx context.Context, t paho.Token) error {
+var errEnded = errors.New("the connection ended")
+
+func (l *mqttLink) up() bool {
+	select {
+	case <-l.lost:
+		return false
+	default:
+		return l.client.IsConnectionOpen()
+	}
+}
+
+func (s *mqttSink) wait(ctx context.Context, l *mqttLink, t paho.Token) error {
 	limit := time.NewTimer(s.cfg.Timeout)
 	defer limit.Stop()
 	select {
 	case <-t.Done():
 		return t.Error()
+	case <-l.lost: // not every token is completed then
+		return errEnded
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-limit.C:

@@ -41,7 +41,7 @@ func must(t testing.TB, err error) {
 
 func newSink(t testing.TB, spec v1alpha1.RouteSink, secret map[string][]byte) Sink {
 	t.Helper()
-	s, err := New(Config{Spec: spec, Route: route, Node: "pi-01", Secret: secret, Timeout: 10 * time.Second})
+	s, err := New(Config{Spec: spec, Route: route, Node: "pi-01", Secret: secret, Timeout: 2 * time.Second})
 	must(t, err)
 	t.Cleanup(s.Close)
 	return s
