@@ -99,6 +99,15 @@ func (l *Log) NewReader(saved []byte) (*Reader, error) {
 	return r, nil
 }
 
+// Cursor is that of a reader which has read what lies before pos.
+func (l *Log) Cursor(pos Pos) []byte {
+	b, err := json.Marshal(cursor{Incarnation: l.incarnation, Live: place{Pos: pos}})
+	if err != nil {
+		panic(err) // numbers and a string
+	}
+	return b
+}
+
 // Close lets go of files.
 func (r *Reader) Close() {
 	r.live.close()
@@ -198,6 +207,14 @@ func (r *Reader) cursor() cursor {
 		c.Back = append(c.Back, span{l.at, *l.to})
 	}
 	return c
+}
+
+// Until returns at most max of the next live records before end, and none when
+// there are none; it does not wait.
+func (r *Reader) Until(end Pos, max int) ([]Record, error) {
+	r.live.to = &end
+	defer func() { r.live.to = nil }()
+	return r.fill(&r.live, max, 1<<20)
 }
 
 // Ack tells that a batch, the one last returned, need not be sent again.

@@ -48,6 +48,12 @@ type Pos struct {
 	Index   uint32 `json:"i"`
 }
 
+// At is where a record that a Reader returned is.
+func (r Record) At() Pos { return r.at }
+
+// Before tells whether p is nearer to the log's beginning.
+func (p Pos) Before(q Pos) bool { return p.before(q) }
+
 func (p Pos) before(q Pos) bool {
 	return p.Segment < q.Segment || p.Segment == q.Segment && p.Offset < q.Offset
 }
