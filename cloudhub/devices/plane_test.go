@@ -151,6 +151,10 @@ func testRoundTrip(t *testing.T, client dynamic.Interface) {
 		if was, is := reflect.ValueOf(typed).Elem().FieldByName("Spec").Interface(), reflect.ValueOf(back).Elem().FieldByName("Spec").Interface(); !reflect.DeepEqual(was, is) {
 			t.Errorf("%s: came back otherwise:\n%+v\n%+v", what, is, was)
 		}
+		// Examples share names.
+		if err := in.Delete(t.Context(), u.GetName(), metav1.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
