@@ -40,6 +40,7 @@ type device struct {
 	stop       func()        // undoes what the profile holds outside of the device
 	hw         *hwDeviceTwin // of profile kubeedge
 	sp         *spDevice     // of profile sparkplugB
+	ext        *extDevice    // of profile external
 
 	// Topics of the device's own doing that are no routes or writes here.
 	morePublished, moreSubscribed []string

@@ -70,6 +70,7 @@ type Driver struct {
 	devices     map[devicetwin.Key]*device
 	refreshes   []asking // to be sent, each once
 	members     *hwMembership
+	ext         *external // nil: none
 	discoveries map[devicetwin.Key]*discovery
 	candidates  budget
 	nodes       map[spID]*spNode
@@ -108,6 +109,9 @@ func New(cfg Config) (*Driver, error) {
 		subs:        map[string]*subscription{},
 	}
 	d.members.driver = d
+	if cfg.ExternalSocket != "" {
+		d.ext = newExternal(d, cfg.ExternalSocket)
+	}
 	// Answers to a run before this one do not match.
 	d.seq.Store(time.Now().Unix() % (1 << 20) << 10)
 	return d, nil
@@ -129,6 +133,9 @@ func (d *Driver) Run(ctx context.Context) error {
 	g.Go(func() error { return d.ask(ctx) })
 	g.Go(func() error { return d.timers.run(ctx) })
 	g.Go(func() error { return d.work(ctx) })
+	if d.ext != nil {
+		g.Go(func() error { return d.ext.run(ctx) })
+	}
 	err := g.Wait()
 	d.hostsOffline()
 	if errors.Is(err, context.Canceled) {
@@ -178,6 +185,9 @@ func (d *Driver) Set(devices []devicetwin.Bound, discoveries []*v1alpha1.DeviceD
 	d.refreshes = slices.DeleteFunc(d.refreshes, func(a asking) bool { return a.device.gone.Load() })
 	d.mu.Unlock()
 
+	if d.ext != nil {
+		d.ext.changed()
+	}
 	// Elsewhere: whoever calls Set may hold what the sink waits for.
 	d.timers.after(0, func() {
 		for _, old := range gone {
@@ -513,6 +523,9 @@ func (d *Driver) Refresh(ctx context.Context, key devicetwin.Key) error {
 }
 
 func (d *Driver) askOnce(ctx context.Context, dev *device, r *refresh) error {
+	if dev.ownRefresh != nil {
+		return dev.ownRefresh(ctx)
+	}
 	_, err := d.send(ctx, dev, r.write, 0, 0, func(string) (word, bool) { return word{}, false })
 	return err
 }
@@ -580,7 +593,7 @@ func (d *Driver) ask(ctx context.Context) error {
 		err := d.askOnce(one, dev, r)
 		cancel()
 		switch {
-		case errors.Is(err, mqtt.ErrNotConnected):
+		case errors.Is(err, devicetwin.ErrNotConnected) && dev.ext == nil:
 			d.mu.Lock()
 			if d.devices[dev.key] == dev {
 				d.wantRefreshLocked(dev, r)

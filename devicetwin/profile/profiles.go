@@ -27,6 +27,7 @@ type profile struct {
 
 // profiles by name. It is never written to.
 var profiles = map[string]profile{
+	v1alpha1.ProfileExternal:      externalProfile,
 	v1alpha1.ProfileRaw:           {text: true},
 	v1alpha1.ProfileJSON:          {},
 	v1alpha1.ProfileZigbee2MQTT:   zigbee2mqtt,
