@@ -24,6 +24,9 @@ import (
 // hub is the other half of the conversation, as devices.md has it and no more.
 type hub struct {
 	mu       sync.Mutex
+	uid      string // the Devices' that there are; "": any
+	uids     map[edgeapi.DeviceRef]string
+	inc      string
 	epoch    uint64
 	values   map[edgeapi.DeviceRef]map[string]edgeapi.TwinValue
 	states   map[edgeapi.DeviceRef]edgeapi.TwinState
@@ -44,6 +47,7 @@ func newHub() *hub {
 	return &hub{
 		values:  make(map[edgeapi.DeviceRef]map[string]edgeapi.TwinValue),
 		states:  make(map[edgeapi.DeviceRef]edgeapi.TwinState),
+		uids:    make(map[edgeapi.DeviceRef]string),
 		replies: make(map[uint64]chan edgeapi.TwinReply),
 	}
 }
@@ -68,7 +72,7 @@ func (h *hub) serve(s net.Conn) error {
 		h.mu.Lock()
 		switch m := m.(type) {
 		case edgeapi.TwinHello:
-			h.epoch = m.Epoch
+			h.inc, h.epoch = m.Incarnation, m.Epoch
 		case edgeapi.TwinDigest:
 			answers = h.digest(m)
 			if m.Last {
@@ -78,6 +82,7 @@ func (h *hub) serve(s net.Conn) error {
 			h.frames++
 			h.sizes = append(h.sizes, len(mustJSON(m)))
 			for _, s := range m.States {
+				h.uids[s.Device] = s.UID
 				h.states[s.Device] = s
 			}
 			var back []edgeapi.TwinValue
@@ -119,6 +124,10 @@ func (h *hub) serve(s net.Conn) error {
 
 func (h *hub) digest(m edgeapi.TwinDigest) (answers []edgeapi.Message) {
 	for _, item := range m.Items {
+		h.uids[item.Device] = item.UID
+		if h.uid != "" && item.UID != h.uid {
+			continue
+		}
 		have := slices.Collect(maps.Values(h.values[item.Device]))
 		hash, _ := edgeapi.TwinHash(have)
 		if hash == item.Hash {
@@ -128,7 +137,8 @@ func (h *hub) digest(m edgeapi.TwinDigest) (answers []edgeapi.Message) {
 		answers = append(answers, edgeapi.TwinWant{Devices: []edgeapi.DeviceRef{item.Device}})
 		var back []edgeapi.TwinValue
 		for _, v := range have {
-			if item.Version == "" || newer(v.Version, item.Version) {
+			// What this run of the node did not say, it may have lost.
+			if ver, _ := v1alpha1.ParseVersion(v.Version); ver.Incarnation != h.inc || ver.Epoch < h.epoch {
 				back = append(back, v)
 			}
 		}
@@ -142,6 +152,9 @@ func (h *hub) digest(m edgeapi.TwinDigest) (answers []edgeapi.Message) {
 // take is false, with what the hub has, when that is newer.
 func (h *hub) take(v edgeapi.TwinValue) (edgeapi.TwinValue, bool) {
 	h.got = append(h.got, v)
+	if h.uid != "" && h.uids[v.Device] != h.uid {
+		return v, true // of a Device that is not any more
+	}
 	have, ok := h.values[v.Device][v.Property]
 	if ok && !newer(v.Version, have.Version) {
 		if v.Version != have.Version {
