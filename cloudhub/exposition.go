@@ -13,6 +13,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 
+	"github.com/skerry-io/skerry/cloudhub/devices"
 	"github.com/skerry-io/skerry/cloudhub/edges"
 	"github.com/skerry-io/skerry/cloudhub/feed"
 	"github.com/skerry-io/skerry/cloudhub/presence"
@@ -24,13 +25,16 @@ import (
 // newExposition returns the hub's /metrics, for those whom the cluster lets
 // read it: a bearer token that TokenReview knows and whose user may get the
 // non-resource URL /metrics.
-func newExposition(client kubernetes.Interface, c hubCollector, log *slog.Logger) (http.Handler, error) {
+func newExposition(client kubernetes.Interface, c hubCollector, twins *devices.Devices, log *slog.Logger) (http.Handler, error) {
 	reg, err := metrics.New(metrics.Config{Program: "cloudhub", Version: version, Log: log})
 	if err != nil {
 		return nil, err
 	}
 	if err := reg.Register(c); err != nil {
 		return nil, fmt.Errorf("register the hub's metrics: %w", err)
+	}
+	if err := reg.Register(twins); err != nil {
+		return nil, fmt.Errorf("register the devices' metrics: %w", err)
 	}
 	return reg.Handler(func(r *http.Request) error { return mayReadMetrics(r, client) }), nil
 }

@@ -64,7 +64,8 @@ type hubConfig struct {
 	PingMax                 time.Duration
 
 	Log   *slog.Logger
-	Edges func(*edges.Edges) // told once nodes can be reached
+	Edges func(*edges.Edges)     // told once nodes can be reached
+	Twins func(*devices.Devices) // likewise
 }
 
 // runHub serves edge nodes until ctx ends.
@@ -118,8 +119,16 @@ func runHub(ctx context.Context, cfg hubConfig) error {
 		return err
 	}
 	objects.Observe(told)
+	twins, err := devices.New(devices.Config{
+		Client: client, Dynamic: dyn,
+		Devices: objects.Devices(), Models: objects.Models(), Discoveries: objects.Discoveries(), Routes: objects.Routes(), Log: cfg.Log,
+	})
+	if err != nil {
+		return err
+	}
 	e, err = edges.New(edges.Config{
 		Registry: registry, Feed: objects, Upstream: writer, Presence: told, Client: client,
+		Others: map[string]edges.Conversation{edgeapi.KindTwins: twins},
 		Tunnel: tunnel.Config{PingMax: cfg.PingMax, Log: cfg.Log, Memory: tunnel.NewMemory(windowMemory)}, Log: cfg.Log,
 	})
 	if err != nil {
@@ -133,7 +142,7 @@ func runHub(ctx context.Context, cfg hubConfig) error {
 	if err != nil {
 		return err
 	}
-	exposition, err := newExposition(client, hubCollector{e, objects, writer, keeper, told}, cfg.Log)
+	exposition, err := newExposition(client, hubCollector{e, objects, writer, keeper, told}, twins, cfg.Log)
 	if err != nil {
 		return err
 	}
@@ -147,6 +156,8 @@ func runHub(ctx context.Context, cfg hubConfig) error {
 	mux.Handle("POST "+edgeapi.RenewPath, registry.RenewHandler())
 	mux.Handle("GET "+tunnelPath, e)
 	mux.Handle("GET /metrics", exposition)
+	mux.Handle(devices.Path, twins.Handler("", nil, true))
+	mux.Handle(devices.Path+"/", twins.Handler("", nil, true))
 	tlsConfig := registry.ServerTLS()
 	// The tunnel's messages are records already; small ones only cost.
 	tlsConfig.DynamicRecordSizingDisabled = true
@@ -164,6 +175,7 @@ func runHub(ctx context.Context, cfg hubConfig) error {
 	g.Go(func() error { return objects.Run(ctx) })
 	g.Go(func() error { return keeper.Run(ctx) })
 	g.Go(func() error { return told.Run(ctx) })
+	g.Go(func() error { return twins.Run(ctx) })
 	g.Go(func() error { return e.Run(ctx) })
 	g.Go(func() error {
 		for _, ready := range []<-chan struct{}{registry.Synced(), objects.Ready()} {
@@ -174,6 +186,7 @@ func runHub(ctx context.Context, cfg hubConfig) error {
 			}
 		}
 		cfg.Edges(e)
+		cfg.Twins(twins)
 		cfg.Log.Info("serving edge nodes", "listen", cfg.Listener.Addr().String(), "url", publicURL)
 		if err := srv.ServeTLS(cfg.Listener, "", ""); !errors.Is(err, http.ErrServerClosed) {
 			return fmt.Errorf("serve edge nodes: %w", err)

@@ -6,14 +6,18 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"sync/atomic"
 	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
+	"k8s.io/apiserver/pkg/authentication/user"
+	"k8s.io/apiserver/pkg/endpoints/request"
 	statsv1alpha1 "k8s.io/kubelet/pkg/apis/stats/v1alpha1"
 
 	"github.com/skerry-io/skerry/cloudhub/controlplane"
+	"github.com/skerry-io/skerry/cloudhub/devices"
 	"github.com/skerry-io/skerry/cloudhub/edges"
 	"github.com/skerry-io/skerry/cloudhub/kubeletproxy"
 	"github.com/skerry-io/skerry/cloudhub/metricsapi"
@@ -58,6 +62,7 @@ func runStandalone(ctx context.Context, cfg Config, log *slog.Logger) error {
 	defer listener.Close()
 
 	var nodes lateNodes
+	var twins lateTwins
 	api, err := metricsapi.New(metricsapi.Config{Source: &nodes, Log: log})
 	if err != nil {
 		return err
@@ -78,6 +83,8 @@ func runStandalone(ctx context.Context, cfg Config, log *slog.Logger) error {
 			return proxy.DialNode(ctx, network, addr)
 		},
 		Install: func(e controlplane.Extension) error {
+			e.Server.Handler.NonGoRestfulMux.Handle(apiServerPrefix+devices.Path, &twins)
+			e.Server.Handler.NonGoRestfulMux.HandlePrefix(apiServerPrefix+devices.Path+"/", &twins)
 			return api.Install(e.Context, e.Server, e.Informers)
 		},
 		APIServerArgs:         cfg.APIServerArgs,
@@ -125,6 +132,7 @@ func runStandalone(ctx context.Context, cfg Config, log *slog.Logger) error {
 
 			Log:   log,
 			Edges: func(e *edges.Edges) { nodes.edges.Store(e) },
+			Twins: twins.set,
 		})
 	})
 	return g.Wait()
@@ -158,6 +166,34 @@ func (l *lateNodes) Nodes() []string {
 		return nil
 	}
 	return e.Nodes()
+}
+
+// apiServerPrefix is where the API server of this process serves twins too, for
+// whom it has authenticated: kubectl get --raw /skerry/v1/twins/home/plug-1.
+const apiServerPrefix = "/skerry"
+
+// lateTwins serves them once there are any.
+type lateTwins struct{ handler atomic.Pointer[http.Handler] }
+
+func (l *lateTwins) set(d *devices.Devices) {
+	h := d.Handler(apiServerPrefix, func(r *http.Request) (user.Info, error) {
+		u, ok := request.UserFrom(r.Context())
+		if !ok {
+			return nil, errors.New("the API server did not say who asks")
+		}
+		return u, nil
+	}, false)
+	l.handler.Store(&h)
+}
+
+func (l *lateTwins) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	h := l.handler.Load()
+	if h == nil {
+		w.Header().Set("Retry-After", "1")
+		http.Error(w, errStarting.Error(), http.StatusServiceUnavailable)
+		return
+	}
+	(*h).ServeHTTP(w, r)
 }
 
 func listen(addr string) (net.Listener, error) {

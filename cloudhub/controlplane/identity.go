@@ -12,6 +12,7 @@ import (
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/component-helpers/auth/rbac/reconciliation"
@@ -54,9 +55,10 @@ func hubRules() []rbacv1.PolicyRule {
 	}
 }
 
-// impersonationRules let the hub act as any node, and only as a node, in what
-// a kubelet does. They are the built-in rules of nodes, verb by verb; the
-// Node authorizer and NodeRestriction still judge each request as that node's.
+// impersonationRules let the hub act as any node in what a kubelet does, and as
+// a user in the patch of a Device and nothing else. The former are the built-in
+// rules of nodes, verb by verb; the Node authorizer and NodeRestriction still
+// judge each request as that node's, and RBAC a user's as that user's.
 func impersonationRules() []rbacv1.PolicyRule {
 	rules := []rbacv1.PolicyRule{{
 		APIGroups: []string{"authentication.k8s.io"},
@@ -70,7 +72,15 @@ func impersonationRules() []rbacv1.PolicyRule {
 		}
 		rules = append(rules, rule)
 	}
-	return rules
+	// What a user wants of a device through the hub is done as that user. The
+	// hub may be any user or service account, but only to patch a Device.
+	return append(rules,
+		rbacv1.PolicyRule{APIGroups: []string{"authentication.k8s.io"}, Resources: []string{"users", "groups"}, Verbs: []string{"impersonate:user-info"}},
+		rbacv1.PolicyRule{APIGroups: []string{"authentication.k8s.io"}, Resources: []string{"serviceaccounts"}, Verbs: []string{"impersonate:serviceaccount"}},
+		rbacv1.PolicyRule{APIGroups: []string{v1alpha1.Group}, Resources: []string{v1alpha1.Devices}, Verbs: []string{
+			"impersonate-on:user-info:patch", "impersonate-on:serviceaccount:patch", "impersonate-on:arbitrary-node:patch",
+		}},
+	)
 }
 
 // namespaceRules are the hub's rights in single namespaces.
@@ -109,8 +119,15 @@ func userRoles() []rbacv1.ClusterRole {
 				APIGroups: []string{v1alpha1.Group}, Verbs: []string{"create", "update", "patch"},
 				Resources: []string{v1alpha1.Devices + "/desired", v1alpha1.Devices + "/commands"},
 			}),
+		// The way to twins through the API server: what may be done there is
+		// judged by the rules above.
+		{ObjectMeta: metav1.ObjectMeta{Name: twinsRole}, Rules: []rbacv1.PolicyRule{{
+			NonResourceURLs: []string{"/skerry/v1/twins", "/skerry/v1/twins/*"}, Verbs: []string{"get", "patch", "post"},
+		}}},
 	}
 }
+
+const twinsRole = "skerry:twins"
 
 // bootstrapIdentity gives the hub's user its rights, no more and no less, and
 // returns once the API server grants them.
@@ -150,6 +167,14 @@ func reconcileRights(ctx context.Context, admin kubernetes.Interface) error {
 		Subjects:   []rbacv1.Subject{subject},
 	}}
 	if err := reconcileBinding(binding, bindings); err != nil {
+		return err
+	}
+	twins := reconciliation.ClusterRoleBindingAdapter{ClusterRoleBinding: &rbacv1.ClusterRoleBinding{
+		ObjectMeta: metav1.ObjectMeta{Name: twinsRole},
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: twinsRole},
+		Subjects:   []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.GroupKind, Name: user.AllAuthenticated}},
+	}}
+	if err := reconcileBinding(twins, bindings); err != nil {
 		return err
 	}
 	for _, role := range userRoles() {

@@ -51,6 +51,11 @@ type Syncer interface {
 	Serve(ctx context.Context, node string, stream net.Conn, w feed.Writer) error
 }
 
+// Conversation holds one more conversation with a node. See devices.Devices.
+type Conversation interface {
+	Serve(ctx context.Context, node string, stream net.Conn) error
+}
+
 // Upstream acts at the API server as a node. See upstream.Upstream.
 type Upstream interface {
 	feed.Writer
@@ -66,16 +71,19 @@ type Presence interface {
 	LastSync(node string, heard time.Time) time.Time
 }
 
-// Config of Edges. All but Tunnel, Clock and Log are required.
+// Config of Edges. All but Others, Tunnel, Clock and Log are required.
 type Config struct {
 	Registry Registry
 	Feed     Syncer
 	Upstream Upstream
 	Presence Presence
 	Client   kubernetes.Interface // for Leases
-	Tunnel   tunnel.Config
-	Clock    func() time.Time // nil means time.Now
-	Log      *slog.Logger     // nil discards
+	// Others are conversations besides the sync, by the kind of stream. A node
+	// has one of a kind at a time; its end does not end the tunnel.
+	Others map[string]Conversation
+	Tunnel tunnel.Config
+	Clock  func() time.Time // nil means time.Now
+	Log    *slog.Logger     // nil discards
 }
 
 // Edges is safe for concurrent use.
@@ -279,6 +287,7 @@ func (e *Edges) serve(ctx context.Context, n *edge) error {
 	g.Go(func() error {
 		defer api.Close()
 		syncing := false
+		others := openKinds{open: map[string]bool{}}
 		for {
 			st, err := n.session.Accept(ctx)
 			if err != nil {
@@ -302,6 +311,22 @@ func (e *Edges) serve(ctx context.Context, n *edge) error {
 					st.Reset(tunnel.CodeRefused)
 				}
 			default:
+				if other := e.cfg.Others[st.Kind()]; other != nil {
+					kind := st.Kind()
+					if !others.take(kind) {
+						st.Reset(tunnel.CodeRefused)
+						continue
+					}
+					g.Go(func() error {
+						err := other.Serve(ctx, n.name, st)
+						others.leave(kind)
+						if err != nil && ctx.Err() == nil && n.session.Err() == nil {
+							e.log.Warn("a conversation with a node failed; the node opens it again", "node", n.name, "kind", kind, "err", err)
+						}
+						return nil
+					})
+					continue
+				}
 				e.log.Debug("stream of unknown kind refused", "node", n.name, "kind", st.Kind())
 				st.Reset(tunnel.CodeNoKind)
 			}
@@ -325,6 +350,28 @@ func (e *Edges) serve(ctx context.Context, n *edge) error {
 		return cause
 	}
 	return err
+}
+
+// openKinds are the kinds of stream that a tunnel has open.
+type openKinds struct {
+	mu   sync.Mutex
+	open map[string]bool
+}
+
+func (o *openKinds) take(kind string) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.open[kind] {
+		return false
+	}
+	o.open[kind] = true
+	return true
+}
+
+func (o *openKinds) leave(kind string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	delete(o.open, kind)
 }
 
 // Cut ends the tunnel of an identity that lost its standing. A newer enrolment
