@@ -41,6 +41,7 @@ func TestOnPlane(t *testing.T) {
 	}
 	t.Run("schemas and types agree", func(t *testing.T) { testRoundTrip(t, admin) })
 	t.Run("refusals", func(t *testing.T) { testRefusals(t, admin) })
+	t.Run("live", func(t *testing.T) { testLive(t, plane) })
 }
 
 func dynamicClient(t *testing.T, rc *rest.Config) dynamic.Interface {
