@@ -249,7 +249,7 @@ func (t *Twins) kickCommandsLocked(d *device) {
 			return
 		}
 		d.commanding = true
-		t.jobs = append(t.jobs, job{d: d, cmd: c})
+		t.urgent = append(t.urgent, job{d: d, cmd: c})
 		poke(t.kickJobs)
 		return
 	}

@@ -79,7 +79,8 @@ type Twins struct {
 	forgotten   uint64         // the seq up to which the ring no longer goes
 	waiting     chan struct{}  // closed at the next change; nil: nobody waits
 	unstored    map[Key]string // what the storer has to look at; the UID that went, or ""
-	jobs        []job
+	jobs        []job          // writes
+	urgent      []job          // commands and refreshes
 	conv        *conversation
 	due         time.Time // when timers looks next; zero: never
 

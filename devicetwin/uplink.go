@@ -418,7 +418,7 @@ func (t *Twins) listen(ctx context.Context, c *conversation) error {
 	// Commands of this conversation are not waited for beyond it; they go on.
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	slots := make(chan struct{}, maxRequests)
+	slots, refusals := make(chan struct{}, maxRequests), make(chan struct{}, maxRequests)
 	for {
 		m, err := c.conn.Receive()
 		if err != nil {
@@ -464,8 +464,17 @@ func (t *Twins) listen(ctx context.Context, c *conversation) error {
 					}
 				})
 			default:
-				if err := c.conn.Send(edgeapi.TwinReply{ID: m.ID, Code: http.StatusTooManyRequests, Message: "the node serves too many requests already"}); err != nil {
-					return err
+				// Not from here: who reads must not wait for who does not. A
+				// hub that asks even more gets no answer.
+				select {
+				case refusals <- struct{}{}:
+					wg.Go(func() {
+						defer func() { <-refusals }()
+						if err := c.conn.Send(edgeapi.TwinReply{ID: m.ID, Code: http.StatusTooManyRequests, Message: "the node serves too many requests already"}); err != nil {
+							c.cancel(err)
+						}
+					})
+				default:
 				}
 			}
 		default:

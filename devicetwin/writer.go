@@ -69,6 +69,8 @@ func (t *Twins) considerLocked(d *device, i int, now time.Time, fx *effects) {
 	case !d.reachable():
 		if !has {
 			t.stateLocked(d, i, v1alpha1.DesiredPending, "the device is not there: "+d.live.phase, fx)
+		} else if w.state == "" {
+			t.stateLocked(d, i, v1alpha1.DesiredApplied, "", fx)
 		}
 		return
 	case now.Before(w.next):
@@ -154,7 +156,7 @@ func (t *Twins) refreshLocked(d *device) {
 		return
 	}
 	d.refreshing = true
-	t.jobs = append(t.jobs, job{d: d})
+	t.urgent = append(t.urgent, job{d: d})
 	poke(t.kickJobs)
 }
 
@@ -169,47 +171,70 @@ func (t *Twins) Refresh(ctx context.Context, dev Key) error {
 	return t.driver.Refresh(ctx, dev)
 }
 
-// dispatcher tells devices what is due, at a bounded rate and a bounded number
-// at once. The jobs that wait are at most one per property, per device and per
-// command.
+// dispatcher tells devices what is due: writes at a bounded rate, commands and
+// refreshes (which the driver paces) before them and out of their way. The jobs
+// that wait are at most one per property, per device and per command.
 func (t *Twins) dispatcher(ctx context.Context) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	slots := make(chan struct{}, inFlight)
+	slots, urgentSlots := make(chan struct{}, inFlight), make(chan struct{}, inFlight)
+	run := func(slots chan struct{}, j job) {
+		wg.Go(func() {
+			defer func() {
+				<-slots
+				poke(t.kickJobs)
+			}()
+			t.do(ctx, j)
+		})
+	}
 	gap := time.Second / time.Duration(t.cfg.WriteRate)
 	var ready time.Time // when what was begun so far was due at that rate
-	for {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for ctx.Err() == nil {
+		now := time.Now()
+		if earliest := now.Add(-gap * time.Duration(t.cfg.WriteBurst-1)); ready.Before(earliest) {
+			ready = earliest
+		}
+		wait := ready.Sub(now)
+		var urgent, write *job
 		t.mu.Lock()
-		jobs := t.jobs
-		t.jobs = nil
+		if len(t.urgent) > 0 && len(urgentSlots) < inFlight {
+			urgent, t.urgent = pop(t.urgent)
+		} else if len(t.jobs) > 0 && len(slots) < inFlight && wait <= 0 {
+			write, t.jobs = pop(t.jobs)
+		}
+		waiting := len(t.jobs) > 0
 		t.mu.Unlock()
-		for _, j := range jobs {
-			if j.cmd == nil {
-				now := time.Now()
-				if earliest := now.Add(-gap * time.Duration(t.cfg.WriteBurst)); ready.Before(earliest) {
-					ready = earliest
-				}
-				ready = ready.Add(gap)
-				if wait := ready.Sub(now); wait > 0 && !pause(ctx, wait) {
-					return
-				}
-			}
-			select {
-			case slots <- struct{}{}:
-			case <-ctx.Done():
-				return
-			}
-			wg.Go(func() {
-				defer func() { <-slots }()
-				t.do(ctx, j)
-			})
+		switch {
+		case urgent != nil:
+			urgentSlots <- struct{}{}
+			run(urgentSlots, *urgent)
+			continue
+		case write != nil:
+			ready = ready.Add(gap)
+			slots <- struct{}{}
+			run(slots, *write)
+			continue
+		}
+		if waiting && wait > 0 {
+			timer.Reset(wait)
 		}
 		select {
 		case <-ctx.Done():
-			return
 		case <-t.kickJobs:
+		case <-timer.C:
 		}
 	}
+}
+
+func pop(jobs []job) (*job, []job) {
+	j := jobs[0]
+	jobs[0] = job{}
+	if jobs = jobs[1:]; len(jobs) == 0 {
+		jobs = nil // the room of a burst is not kept
+	}
+	return &j, jobs
 }
 
 func pause(ctx context.Context, d time.Duration) bool {
