@@ -52,7 +52,7 @@ type Limits struct {
 	Inflight         int           // unacknowledged to one client; 1024
 	QueueMessages    int           // waiting for one client; 4096
 	QueueBytes       int           // 4 MiB
-	Stall            time.Duration // a full queue that does not move for this long ends its session; 10 s
+	Stall            time.Duration // a full queue that has not made room for this long ends its session; 10 s
 	WriteTimeout     time.Duration // of one write to a client; 20 s
 	AwaySessions     int           // kept for clients that are not connected; 200
 	SessionExpiry    time.Duration // of a session whose client is away; 1 h
@@ -105,9 +105,10 @@ func (l Limits) withDefaults() Limits {
 //     this node and the retained store have taken it, and after it is in the
 //     queue of every session it goes to. Each queue is in order.
 //   - A queue that is full holds up who publishes to it (QoS 0 is dropped
-//     instead and counted). If it does not move for Limits.Stall, its session is
-//     ended and its client disconnected, which it is told (reason 0x97), as it
-//     is by "session present: no" when it returns. Nothing is lost in silence.
+//     instead and counted). If an eighth of it has not become free within
+//     Limits.Stall, its session is ended and its client disconnected, which it
+//     is told (reason 0x97), as it is by "session present: no" when it returns:
+//     nothing is lost in silence, and nobody holds up the others for long.
 //     Who subscribes to what it publishes itself is not held up by itself; its
 //     queue may grow to four times the limit.
 //   - A session whose client is away is kept in RAM, at most

@@ -51,7 +51,7 @@ func (b *Embedded) deliver(from *conn, to *target, m *stored) {
 	o := &outgoing{m: m, qos: min(m.QoS, to.qos), retain: m.Retain && to.asKept, ids: to.ids}
 	var stalled *time.Timer
 	for {
-		room, progress := s.put(o, from)
+		room := s.put(o, from)
 		if room == nil {
 			return
 		}
@@ -67,9 +67,7 @@ func (b *Embedded) deliver(from *conn, to *target, m *stored) {
 			stalled.Stop()
 			return
 		case <-stalled.C:
-			if s.moved() == progress {
-				b.endSlow(s)
-			}
+			b.endSlow(s)
 		}
 		stalled.Stop()
 	}

@@ -25,7 +25,6 @@ type session struct {
 	received map[uint16]struct{} // QoS 2 that is taken but not released [MQTT-4.3.3-2]
 	lastID   uint16
 	lastSent uint64        // orders inflight
-	progress uint64        // of the queue
 	room     chan struct{} // closed when there is room again; nil: nobody waits
 	expiry   time.Duration // once away
 	expires  time.Time     // while away
@@ -93,13 +92,12 @@ func newSession(b *Embedded, c *conn) *session {
 		inflight: map[uint16]*outgoing{}, received: map[uint16]struct{}{}}
 }
 
-// put queues o. If it must wait, it is given what to wait for, and where the
-// queue's progress stands.
-func (s *session) put(o *outgoing, from *conn) (room <-chan struct{}, progress uint64) {
+// put queues o. If it must wait, it is given what to wait for.
+func (s *session) put(o *outgoing, from *conn) (room <-chan struct{}) {
 	s.mu.Lock()
 	if s.ended {
 		s.mu.Unlock()
-		return nil, 0
+		return nil
 	}
 	full := s.queue.len() >= s.b.limit.QueueMessages || s.queue.bytes+o.size() > s.b.limit.QueueBytes && s.queue.len() > 0
 	away := s.conn == nil
@@ -109,27 +107,27 @@ func (s *session) put(o *outgoing, from *conn) (room <-chan struct{}, progress u
 		if full {
 			s.b.stats.dropped.Add(1)
 		}
-		return nil, 0
+		return nil
 	case !full:
 	case away:
 		// It cannot be waited for.
 		s.mu.Unlock()
 		s.b.endSlow(s)
-		return nil, 0
+		return nil
 	case from == nil || s.conn == from || s.conn.blocked.Load():
 		// Waiting could be for ever: its acknowledgements are read by who waits.
 		if s.queue.len() >= 4*s.b.limit.QueueMessages || s.queue.bytes >= 4*s.b.limit.QueueBytes {
 			s.mu.Unlock()
 			s.b.endSlow(s)
-			return nil, 0
+			return nil
 		}
 	default:
 		if s.room == nil {
 			s.room = make(chan struct{})
 		}
-		room, progress = s.room, s.progress
+		room = s.room
 		s.mu.Unlock()
-		return room, progress
+		return room
 	}
 	s.queue.push(o)
 	c := s.conn
@@ -137,13 +135,7 @@ func (s *session) put(o *outgoing, from *conn) (room <-chan struct{}, progress u
 	if c != nil {
 		c.poke()
 	}
-	return nil, 0
-}
-
-func (s *session) moved() uint64 {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.progress
+	return nil
 }
 
 func (s *session) present() bool {
@@ -152,10 +144,11 @@ func (s *session) present() bool {
 	return s.conn != nil
 }
 
-// movedLocked notes progress, and tells who waits for room.
+// movedLocked tells who waits once there is room for an eighth of the queue: to
+// be woken for each message would cost more than it.
 func (s *session) movedLocked() {
-	s.progress++
-	if s.room != nil && s.queue.len() <= s.b.limit.QueueMessages/2 && s.queue.bytes <= s.b.limit.QueueBytes/2 {
+	l := &s.b.limit
+	if s.room != nil && s.queue.len() <= l.QueueMessages-l.QueueMessages/8-1 && s.queue.bytes <= l.QueueBytes-l.QueueBytes/8 {
 		close(s.room)
 		s.room = nil
 	}
@@ -250,10 +243,7 @@ func (s *session) nextLocked(c *conn, now time.Time) (o *outgoing, pop func()) {
 		if o.qos > 0 && !open {
 			return nil, nil
 		}
-		return o, func() {
-			run.kept = run.kept[1:]
-			s.progress++
-		}
+		return o, func() { run.kept = run.kept[1:] }
 	}
 	if s.queue.len() == 0 {
 		return nil, nil
@@ -287,7 +277,6 @@ func (s *session) acked(c *conn, id uint16) (known bool) {
 	if o != nil && s.conn == c {
 		delete(s.inflight, id)
 		c.doneLocked(o)
-		s.movedLocked()
 	}
 	s.mu.Unlock()
 	c.poke()
@@ -304,7 +293,6 @@ func (s *session) pubrec(id uint16) (known bool) {
 	}
 	o.released = true
 	o.m = &stored{} // its content is not needed any more
-	s.progress++
 	return true
 }
 

@@ -38,6 +38,7 @@ type retainedStore struct {
 	root  retainedNode
 	count int
 	size  int
+	timed int // of count, those that expire
 }
 
 type retainedNode struct {
@@ -123,6 +124,7 @@ func (r *retainedStore) put(m *stored) (was *stored, err error) {
 	}
 	r.setLocked(m)
 	r.count, r.size = count, size
+	r.timed += m.timed() - was.timed()
 	return was, nil
 }
 
@@ -180,6 +182,7 @@ func (r *retainedStore) drop(topic string, only *stored) *stored {
 	was := n.m
 	r.count--
 	r.size -= retainedSize(was)
+	r.timed -= was.timed()
 	n.m = nil
 	r.root.trim(topic, true)
 	return was
@@ -249,11 +252,21 @@ func (n *retainedNode) all(top bool, found *[]*stored) {
 	}
 }
 
+// timed is 1 for a message that expires.
+func (m *stored) timed() int {
+	if m == nil || m.expires.IsZero() {
+		return 0
+	}
+	return 1
+}
+
 // expire forgets what its sender wanted forgotten by now [MQTT-3.3.2-5].
 func (r *retainedStore) expire(now time.Time) {
 	var all []*stored
 	r.mu.RLock()
-	r.root.all(false, &all)
+	if r.timed > 0 {
+		r.root.all(false, &all)
+	}
 	r.mu.RUnlock()
 	for _, m := range all {
 		if m.expired(now) && r.drop(m.Topic, m) != nil {
