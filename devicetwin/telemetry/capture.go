@@ -29,6 +29,9 @@ const (
 // returns when the message is on the disk, with an error when it is not and
 // must not be acknowledged. Many callers share one sync.
 func (r *Router) Capture(m mqtt.Message) error {
+	if m.Retain && m.From == "" {
+		return nil // an external broker had kept it: said once, perhaps long ago, and told at each connect
+	}
 	t := r.table.Load()
 	var routes []*route
 	t.topics.match(m.Topic, func(rt *route) {

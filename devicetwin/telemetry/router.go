@@ -34,6 +34,7 @@ const (
 	// unusedFor is how long the log of a route that is gone is kept: the route
 	// may have been applied anew, or was missing by mistake.
 	unusedFor = 10 * time.Minute
+	tryAgain  = 15 * time.Second // to open a log
 )
 
 // ErrNoRoute: there is no such TelemetryRoute on this node.
@@ -96,6 +97,9 @@ type Router struct {
 
 	mu     sync.Mutex // guards the following, and Set
 	closed bool
+	given  []*v1alpha1.TelemetryRoute // as Set was told
+	bound  []devicetwin.Bound
+	again  time.Time // when to try once more to open the logs that could not be; zero: there are none
 	routes map[devicetwin.Key]*route
 	unused map[string]time.Time // directories, since when
 	replay *replay
@@ -160,6 +164,7 @@ func (r *Router) Run(ctx context.Context) error {
 		case <-second.C:
 			r.replay.tick(r.cfg.Cursors)
 			r.sweep()
+			r.reopen()
 		case <-ctx.Done():
 			r.close()
 			return nil
@@ -183,9 +188,23 @@ func (r *Router) close() {
 func (r *Router) Set(routes []*v1alpha1.TelemetryRoute, devices []devicetwin.Bound) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.setLocked(routes, devices)
+}
+
+// reopen tries again to open the logs that could not be opened.
+func (r *Router) reopen() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.again.IsZero() && time.Now().After(r.again) {
+		r.setLocked(r.given, r.bound)
+	}
+}
+
+func (r *Router) setLocked(routes []*v1alpha1.TelemetryRoute, devices []devicetwin.Bound) {
 	if r.closed {
 		return
 	}
+	r.given, r.bound, r.again = routes, devices, time.Time{}
 	routes = slices.SortedFunc(slices.Values(routes), func(a, b *v1alpha1.TelemetryRoute) int {
 		return cmp.Or(strings.Compare(a.Namespace, b.Namespace), strings.Compare(a.Name, b.Name))
 	})
@@ -251,7 +270,8 @@ func (r *Router) begin(key devicetwin.Key, o *v1alpha1.TelemetryRoute) *route {
 	})
 	if err != nil {
 		rt.err = err
-		r.cfg.Log.Error("a TelemetryRoute has no log; it is tried again when routes or devices change", "route", key, "error", err)
+		r.again = time.Now().Add(tryAgain)
+		r.cfg.Log.Error("a TelemetryRoute has no log; what it is to capture is refused, and it is tried again", "route", key, "after", tryAgain, "error", err)
 		return rt
 	}
 	rt.log = log

@@ -337,7 +337,7 @@ func TestCapturedMessagesComeBack(t *testing.T) {
 		route.Spec.Capture = "sync"
 		r.Set([]*v1alpha1.TelemetryRoute{route}, []devicetwin.Bound{plug("a", nil)})
 		for i := range 100 {
-			must(t, r.Capture(mqtt.Message{Topic: "tele/a/SENSOR", Payload: fmt.Append(nil, i), Retain: i == 99}))
+			must(t, r.Capture(mqtt.Message{Topic: "tele/a/SENSOR", Payload: fmt.Append(nil, i), Retain: i == 99, From: "a"}))
 			must(t, r.Capture(mqtt.Message{Topic: "tele/b/SENSOR", Payload: []byte("not asked for")}))
 			time.Sleep(time.Second)
 		}
@@ -515,6 +515,33 @@ func TestCaptureOnAFullLog(t *testing.T) {
 		t.Errorf("error %v", err)
 	}
 	must(t, r.Capture(mqtt.Message{Topic: "other", Payload: noise}))
+}
+
+// A log that cannot be opened refuses what it is to capture, and is opened as
+// soon as that can be.
+func TestALogThatCannotBeOpened(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := Config{Dir: t.TempDir(), Cursors: newMemory()}
+		r, stop := start(t, cfg)
+		rt := newRoute("a", v1alpha1.RouteSource{Topics: []string{"a"}}, v1alpha1.RouteSink{Hub: &v1alpha1.HubSink{}})
+		rt.Spec.Capture = "sync"
+		key := devicetwin.Key{Namespace: "home", Name: "a"}
+		dir := r.dirOf(key, "uid-a")
+		must(t, os.WriteFile(dir, nil, 0o600)) // stands in its way
+		r.Set([]*v1alpha1.TelemetryRoute{rt}, nil)
+		if err := r.Capture(mqtt.Message{Topic: "a"}); err == nil || r.Status()[0].Error == "" {
+			t.Errorf("captured without a log: %v", err)
+		}
+		must(t, os.Remove(dir))
+		time.Sleep(tryAgain + 2*time.Second)
+		must(t, r.Capture(mqtt.Message{Topic: "a"}))
+		must(t, r.Capture(mqtt.Message{Topic: "a", Retain: true}))                 // had been kept
+		must(t, r.Capture(mqtt.Message{Topic: "a", Retain: true, From: "device"})) // to be kept
+		if s := r.Status()[0]; s.Error != "" || s.Sinks[0].Behind != 2 {
+			t.Errorf("status %+v", s)
+		}
+		stop()
+	})
 }
 
 // hub is the other end of a conversation.
