@@ -360,7 +360,8 @@ func TestCapturedMessagesComeBack(t *testing.T) {
 				}
 				got = append(got, n)
 			}
-			if len(got) < 15 || len(got) > 18 || got[len(got)-1] != 104 || !slices.IsSorted(got) {
+			if len(got) < 13 || len(got) > 18 || // captured within settled of the flush, or after it
+				got[len(got)-1] != 104 || !slices.IsSorted(got) {
 				t.Errorf("came back: %v", got)
 			}
 		}
