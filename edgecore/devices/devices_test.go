@@ -2,13 +2,18 @@ package devices
 
 import (
 	"encoding/json"
+	"fmt"
+	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	paho "github.com/eclipse/paho.mqtt.golang"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/skerry-io/skerry/devicetwin"
 	"github.com/skerry-io/skerry/devicetwin/api/v1alpha1"
@@ -311,5 +316,55 @@ func TestTroubles(t *testing.T) {
 	})
 	if st := r.Status(); st.Devices != 1 || !st.Running || st.Problem != "" {
 		t.Errorf("%+v", st)
+	}
+}
+
+func TestTelemetryOfPods(t *testing.T) {
+	got := make(chan string, 100)
+	sink := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		body, err := io.ReadAll(req.Body)
+		if err != nil {
+			t.Error(err)
+		}
+		for line := range strings.Lines(string(body)) {
+			got <- line
+		}
+	}))
+	t.Cleanup(sink.Close)
+	route := &v1alpha1.TelemetryRoute{
+		TypeMeta:   metav1.TypeMeta{APIVersion: v1alpha1.GroupAndVer, Kind: "TelemetryRoute"},
+		ObjectMeta: metav1.ObjectMeta{Namespace: home, Name: "logs", UID: "route"},
+		Spec:       v1alpha1.TelemetryRouteSpec{Capture: "sync", To: []v1alpha1.RouteSink{{Webhook: &v1alpha1.WebhookSink{URL: sink.URL}}}},
+	}
+	r := newRig(t, route)
+	eventually(t, "the route", func() (bool, string) {
+		a, err := r.try(full, http.MethodPost, "/v1/telemetry/home/logs", "{\"n\":1}\n{\"n\":2}\n")
+		return err == nil && a.code == http.StatusAccepted, fmt.Sprint(a, err)
+	})
+	publish(t, r.client("pod", full), "skerry/v1/telemetry/home/logs", `{"n":3}`, false)
+	for _, want := range []int{1, 2, 3} {
+		select {
+		case line := <-got:
+			if !strings.Contains(line, fmt.Sprintf(`"payload":{"n":%d}`, want)) {
+				t.Errorf("record %d: %s", want, line)
+			}
+		case <-time.After(soon):
+			t.Fatalf("record %d does not come", want)
+		}
+	}
+	for _, c := range []struct {
+		token, path, body string
+		code              int
+		text              string
+	}{
+		{looks, "/v1/telemetry/home/logs", "{}", 403, "may not create telemetryroutes/records"},
+		{full, "/v1/telemetry/home/others", "{}", 404, "there is no TelemetryRoute home/others"},
+		{full, "/v1/telemetry/home/logs", "{}\nx\n", 400, "line 2 is no JSON value; none"},
+		{full, "/v1/telemetry/home/logs", "\n", 400, "no records"},
+		{full, "/v1/telemetry/home/logs", strings.Repeat(" ", maxTelemetryBody+1), 413, "larger"},
+	} {
+		if a := r.ask(c.token, http.MethodPost, c.path, c.body); a.code != c.code || !strings.Contains(a.body, c.text) {
+			t.Errorf("%s %.20q: %d %s", c.path, c.body, a.code, a.body)
+		}
 	}
 }

@@ -21,6 +21,7 @@ import (
 
 	"github.com/skerry-io/skerry/devicetwin"
 	"github.com/skerry-io/skerry/devicetwin/api/v1alpha1"
+	"github.com/skerry-io/skerry/devicetwin/telemetry"
 )
 
 // The API over HTTP, below /v1/:
@@ -31,7 +32,7 @@ import (
 //	PATCH twins/NS/NAME            {"desired":{…},"ttl":"10m"}; If-Match, null gives up
 //	POST  twins/NS/NAME/commands/C?timeout=5s   {"id":"…","args":{…}}
 //	POST  twins/NS/NAME/refresh
-//	POST  telemetry/ROUTE[?namespace=NS]        a record a line; 202 is on disk
+//	POST  telemetry/NS/ROUTE                    a JSON value a line; 202 is on disk
 //
 // Nothing is changed by a GET. An error is {"code":…,"message":…}.
 const (
@@ -77,6 +78,7 @@ func newAPI(p *Part) *api {
 	handle("PATCH twins/{namespace}/{name}", a.patch)
 	handle("POST twins/{namespace}/{name}/commands/{command}", a.command)
 	handle("POST twins/{namespace}/{name}/refresh", a.refresh)
+	handle("POST telemetry/{namespace}/{name}", a.telemetry)
 	return a
 }
 
@@ -279,6 +281,54 @@ func (a *api) refresh(w http.ResponseWriter, r *http.Request, c *call) error {
 	}
 	a.respond(w, http.StatusAccepted, map[string]string{"state": "sent"})
 	return nil
+}
+
+// maxRecords is how many may come at once.
+const maxRecords = 10_000
+
+func (a *api) telemetry(w http.ResponseWriter, r *http.Request, c *call) error {
+	if err := c.permit(r.Context(), mayTelemeter); err != nil {
+		return err
+	}
+	raw, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxTelemetryBody))
+	if err != nil {
+		return tooLarge(err, maxTelemetryBody)
+	}
+	records, err := parseRecords(raw)
+	if err != nil {
+		return err
+	}
+	switch err := c.routes.Append(r.Context(), c.key, telemetryTopics+c.key.String(), records...); {
+	case errors.Is(err, telemetry.ErrNoRoute):
+		return refuse(http.StatusNotFound, "there is no TelemetryRoute %s on node %s", c.key, c.cfg.NodeName)
+	case err != nil:
+		return refuse(http.StatusServiceUnavailable, "%v", err)
+	}
+	a.respond(w, http.StatusAccepted, map[string]int{"records": len(records)})
+	return nil
+}
+
+// parseRecords reads a JSON value a line. All are good, or none is taken.
+func parseRecords(raw []byte) ([][]byte, error) {
+	var records [][]byte
+	n := 0
+	for line := range bytes.Lines(raw) {
+		n++
+		line = bytes.TrimSpace(line)
+		switch {
+		case len(line) == 0:
+		case !json.Valid(line):
+			return nil, refuse(http.StatusBadRequest, "line %d is no JSON value; none of the records was taken", n)
+		case len(records) == maxRecords:
+			return nil, refuse(http.StatusRequestEntityTooLarge, "more than %d records; none was taken", maxRecords)
+		default:
+			records = append(records, line)
+		}
+	}
+	if len(records) == 0 {
+		return nil, refuse(http.StatusBadRequest, "no records: a JSON value a line is expected")
+	}
+	return records, nil
 }
 
 // readJSON reads a body; an empty one leaves v as it is.

@@ -43,6 +43,7 @@ import (
 	"k8s.io/apiserver/pkg/endpoints/request"
 
 	"github.com/skerry-io/skerry/devicetwin/mqtt"
+	"github.com/skerry-io/skerry/devicetwin/telemetry"
 	"github.com/skerry-io/skerry/edgecore/link"
 	"github.com/skerry-io/skerry/tunnel"
 	"github.com/skerry-io/skerry/tunnel/edgeapi"
@@ -158,6 +159,7 @@ func (p *Part) runOnce(ctx context.Context, o *objects, kick <-chan struct{}) er
 	// What it has is told before anyone asks for it.
 	s := o.read()
 	r.apply(s)
+	r.replay()
 	p.note(s)
 	g, runCtx := errgroup.WithContext(ctx)
 	r.start(runCtx, g)
@@ -272,6 +274,7 @@ func (p *Part) Streams() []link.Stream {
 	}
 	return []link.Stream{
 		stream(edgeapi.KindTwins, tunnel.ClassSync, func(r *running, ctx context.Context, c conversation) error { return r.twins.Converse(ctx, c) }),
+		stream(edgeapi.KindTelemetry, tunnel.ClassStream, func(r *running, ctx context.Context, c conversation) error { return r.routes.Converse(ctx, c.Conn) }),
 	}
 }
 
@@ -303,19 +306,20 @@ func (p *Part) Admin() http.Handler {
 
 // Status is what is told of the part.
 type Status struct {
-	Running     bool              `json:"running"`
-	Since       time.Time         `json:"since"`
-	Problem     string            `json:"problem,omitempty"`
-	Devices     int               `json:"devices"`
-	Phases      map[string]int    `json:"phases,omitempty"`
-	Discoveries int               `json:"discoveries,omitempty"`
-	Routes      int               `json:"routes,omitempty"`
-	Unreadable  map[string]string `json:"unreadable,omitempty"`
-	MQTT        *mqtt.State       `json:"mqtt,omitempty"`
-	MQTTReason  string            `json:"mqttReason,omitempty"` // why that broker
-	Written     uint64            `json:"writtenBytes,omitempty"`
-	DiskTrouble string            `json:"diskTrouble,omitempty"`
-	Mended      string            `json:"mended,omitempty"`
+	Running     bool                    `json:"running"`
+	Since       time.Time               `json:"since"`
+	Problem     string                  `json:"problem,omitempty"`
+	Devices     int                     `json:"devices"`
+	Phases      map[string]int          `json:"phases,omitempty"`
+	Discoveries int                     `json:"discoveries,omitempty"`
+	Routes      int                     `json:"routes,omitempty"`
+	Unreadable  map[string]string       `json:"unreadable,omitempty"`
+	MQTT        *mqtt.State             `json:"mqtt,omitempty"`
+	MQTTReason  string                  `json:"mqttReason,omitempty"` // why that broker
+	Telemetry   []telemetry.RouteStatus `json:"telemetry,omitempty"`
+	Written     uint64                  `json:"writtenBytes,omitempty"`
+	DiskTrouble string                  `json:"diskTrouble,omitempty"`
+	Mended      string                  `json:"mended,omitempty"`
 }
 
 // Status returns it.

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -36,9 +37,9 @@ import (
 // every reconnect. With the embedded broker RBAC says who may what; with an
 // external one that broker does, and what comes over it is said to be by "mqtt".
 const (
-	topicRoot      = "skerry/v1/"
-	twinTopics     = topicRoot + "twin/"
-	telemetryTopic = topicRoot + "telemetry/"
+	topicRoot       = "skerry/v1/"
+	twinTopics      = topicRoot + "twin/"
+	telemetryTopics = topicRoot + "telemetry/"
 
 	byMQTT = "mqtt"
 
@@ -60,9 +61,13 @@ type topics struct {
 	who func(clientID string) string
 	log *slog.Logger
 
-	cancel []func() // of the subscriptions
-	seed   maphash.Seed
-	lanes  [askers]chan ask
+	cancel   []func()    // of the subscriptions
+	statuses chan status // of commands, to be told
+	asked    sync.Map    // commandIDs under way
+	commands chan struct{}
+	wait     sync.WaitGroup // for commands
+	seed     maphash.Seed
+	lanes    [askers]chan ask
 }
 
 // ask is a request that came by MQTT.
@@ -76,7 +81,7 @@ type ask struct {
 
 // newTopics subscribes: nothing that is asked comes before that.
 func newTopics(b mqtt.Broker, t twins, who func(string) string, log *slog.Logger) (*topics, error) {
-	x := &topics{broker: b, twins: t, who: who, log: log, seed: maphash.MakeSeed()}
+	x := &topics{broker: b, twins: t, who: who, log: log, seed: maphash.MakeSeed(), statuses: make(chan status, statusesKept), commands: make(chan struct{}, commandsAtOnce)}
 	for i := range x.lanes {
 		x.lanes[i] = make(chan ask, asksPerLane)
 	}
@@ -97,11 +102,13 @@ func (t *topics) run(ctx context.Context) error {
 			cancel()
 		}
 	}()
+	defer t.wait.Wait()
 	g, ctx := errgroup.WithContext(ctx)
 	for _, lane := range t.lanes {
 		g.Go(func() error { return t.answer(ctx, lane) })
 	}
 	g.Go(func() error { return t.tell(ctx) })
+	g.Go(func() error { return t.tellStatuses(ctx) })
 	return g.Wait()
 }
 
@@ -218,7 +225,64 @@ func (t *topics) doCommand(ctx context.Context, a ask) {
 		}
 		call.Args = body.Args
 	}
-	t.send(ctx, a, t.twins.Command(ctx, a.key, call))
+	select {
+	case t.commands <- struct{}{}:
+	default:
+		t.reply(ctx, a, http.StatusTooManyRequests, "more commands are under way than this node carries out at once")
+		return
+	}
+	// A device may take its time; others do not wait for it.
+	t.asked.Store(commandID{a.key, a.id}, true)
+	t.wait.Go(func() {
+		s := t.twins.Command(ctx, a.key, call)
+		t.asked.Delete(commandID{a.key, a.id})
+		<-t.commands
+		t.send(ctx, a, s)
+	})
+}
+
+// commandID names a command that was asked for here.
+type commandID struct {
+	key devicetwin.Key
+	id  string
+}
+
+// commandsAtOnce is how many may wait for their devices.
+const commandsAtOnce = 64
+
+// status is one of a command of a device.
+type status struct {
+	key devicetwin.Key
+	devicetwin.CommandStatus
+}
+
+// statusesKept is how many may wait to be told; what comes beyond is not: who
+// wants to be sure asks again with the same id.
+const statusesKept = 256
+
+// commandChanged tells of commands that came otherwise, and of the steps of
+// those that came here; who asked tells the end.
+func (t *topics) commandChanged(k devicetwin.Key, s devicetwin.CommandStatus) {
+	if _, here := t.asked.Load(commandID{k, s.ID}); here && s.Done() {
+		return
+	}
+	select {
+	case t.statuses <- status{k, s}:
+	default:
+	}
+}
+
+func (t *topics) tellStatuses(ctx context.Context) error {
+	for {
+		select {
+		case s := <-t.statuses:
+			if mqtt.CheckTopic("x/"+s.ID) == nil {
+				t.send(ctx, ask{key: s.key, command: s.Name, id: s.ID}, s.CommandStatus)
+			}
+		case <-ctx.Done():
+			return nil
+		}
+	}
 }
 
 // reply tells a failure that is not the twin's.
