@@ -178,7 +178,9 @@ next:
 		if errors.Is(err, errNothing) {
 			continue
 		}
-		reading.Bad = err
+		if reading.Bad = err; err != nil {
+			reading.Value = nil
+		}
 		for i := start; i < len(out); i++ {
 			if out[i].Property == r.property {
 				if out[i].Bad != nil && err == nil {
