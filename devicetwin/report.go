@@ -72,16 +72,17 @@ func (t *Twins) takeLocked(d *device, i int, r *Reading, wall time.Time, sure bo
 	}
 	rep := reported{v: r.Value, q: v1alpha1.QualityGood, rx: wall.UnixMilli()}
 	switch {
-	case !sure:
-		rep.q = v1alpha1.QualityUncertain
 	case r.TS.IsZero():
 		if r.Retained {
 			rep.q = v1alpha1.QualityUncertain // when it was said is not known
 		}
-	case r.TS.Sub(wall).Abs() > maxSkew:
+	case sure && r.TS.Sub(wall).Abs() > maxSkew:
 		rep.q = v1alpha1.QualityUncertain
 	default:
 		rep.ts = r.TS.UnixMilli()
+	}
+	if !sure || r.Retained && d.live.phase != v1alpha1.PhaseOnline {
+		rep.q = v1alpha1.QualityUncertain // the clock, or whether it is still so
 	}
 	if t.cfg.Observe != nil && !r.Retained {
 		ts := wall

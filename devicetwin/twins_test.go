@@ -402,6 +402,52 @@ func TestTimes(t *testing.T) {
 	})
 }
 
+// What a broker had kept, or what was captured before a restart, is taken where
+// nothing newer is known, and is no more than uncertain.
+func TestWhatWasKept(t *testing.T) {
+	virtual(t, func(r *rig) {
+		r.set(trvDevice(1, nil))
+		kept := func(v float64, ago time.Duration) {
+			r.tw.Report(trv, []Reading{{Property: "temp", Value: v, TS: time.Now().Add(-ago), Retained: true}})
+		}
+		kept(20, time.Hour)
+		r.reported("temp", "20", v1alpha1.QualityUncertain)
+		kept(21, time.Minute)
+		r.reported("temp", "21", v1alpha1.QualityUncertain)
+		kept(20, time.Hour) // older than what is known
+		r.reported("temp", "21", v1alpha1.QualityUncertain)
+		r.phase(v1alpha1.PhaseUnknown)
+		r.report("temp", 22.0)
+		version := r.doc().Version
+		r.tw.Report(trv, []Reading{{Property: "temp", Value: 22.0, Retained: true}})
+		r.reported("temp", "22", v1alpha1.QualityGood)
+		if v := r.doc().Version; v != version {
+			r.Errorf("version %v, was %v", v, version)
+		}
+	})
+}
+
+func TestACommandIsNotBehindWrites(t *testing.T) {
+	virtual(t, func(r *rig) {
+		var bound []Bound
+		for i := range 300 {
+			d := trvDevice(1, map[string]string{"beep": "true", "setpoint": "20"})
+			d.Name, d.UID = fmt.Sprintf("d%d", i), types.UID(fmt.Sprint(i))
+			bound = append(bound, Bound{Device: d, Model: r.model})
+		}
+		r.gadget.set(func(g *gadget) { g.delay = time.Hour }) // devices that do not answer
+		r.tw.Set(bound, nil)
+		time.Sleep(10 * time.Second)
+		began := time.Now()
+		if s := r.tw.Command(context.Background(), Key{"home", "d250"}, CommandCall{Name: "identify"}); s.State != CommandSucceeded {
+			r.Errorf("%+v", s)
+		}
+		if took := time.Since(began); took > 100*time.Millisecond {
+			r.Errorf("a command waited %v", took)
+		}
+	})
+}
+
 func TestAfterARestartValuesAreStaleAndKeepTheirVersions(t *testing.T) {
 	virtual(t, func(r *rig) {
 		r.set(trvDevice(1, map[string]string{"setpoint": "20"}))

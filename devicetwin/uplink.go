@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -629,7 +630,7 @@ func (t *Twins) Found(dev Key, candidates []v1alpha1.Candidate, dropped int) {
 	if f == nil {
 		return
 	}
-	f.candidates, f.dropped, f.up = candidates, dropped, true
+	f.candidates, f.dropped, f.up = slices.Clone(candidates), dropped, true
 	if t.conv != nil {
 		poke(t.conv.kick)
 	}
