@@ -35,8 +35,8 @@ type Choice struct {
 
 // Choose decides which broker to use. Of mode auto (or ""), an explicit url
 // wins; else whatever on LocalBroker answers to a CONNECT, be it by refusing it,
-// is the broker; else it is the embedded one. It takes no longer than two
-// seconds, and next to nothing where nothing listens.
+// is the broker; else it is the embedded one. It takes some seconds at most, and
+// next to nothing where nothing listens.
 func Choose(ctx context.Context, mode, url string) (Choice, error) {
 	return choose(ctx, mode, url, LocalBroker)
 }
@@ -72,12 +72,18 @@ func choose(ctx context.Context, mode, url, local string) (Choice, error) {
 // probe says CONNECT to addr and returns what the answer was. It leaves no
 // session behind.
 func probe(ctx context.Context, addr string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
-	defer cancel()
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+	dialer := &net.Dialer{Timeout: probeTimeout}
+	conn, err := dialer.DialContext(ctx, "tcp", addr)
 	if err != nil {
 		return "", err
 	}
+	return greet(ctx, conn)
+}
+
+// greet says CONNECT, returns what the answer was, and hangs up.
+func greet(ctx context.Context, conn net.Conn) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()

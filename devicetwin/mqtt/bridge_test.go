@@ -7,15 +7,18 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
+
+var listeners atomic.Int32
 
 // listen hears a broker with a client of its own.
 func listen(t testing.TB, m *mosquitto, filters ...string) *heard {
 	t.Helper()
 	h := new(heard)
-	e := runExternal(t, ExternalConfig{URL: m.url(), ClientID: "listener"}, func(e *External) {
+	e := runExternal(t, ExternalConfig{URL: m.url(), ClientID: fmt.Sprint("listener", listeners.Add(1))}, func(e *External) {
 		for _, f := range filters {
 			subscribe(t, e, f, 1, h.handle)
 		}

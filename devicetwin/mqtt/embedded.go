@@ -344,7 +344,7 @@ func (in *inline) callLocked(m *stored, kept bool) error {
 		return nil
 	}
 	out := m.Message
-	out.Retain = kept
+	out.Retain, out.AskRetain = kept, m.Retain
 	out.QoS = min(out.QoS, in.qos)
 	return in.h(out)
 }

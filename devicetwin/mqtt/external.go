@@ -102,6 +102,7 @@ type External struct {
 	url    *url.URL
 	id     string
 	log    *slog.Logger
+	often  *sampled // what others can make happen often
 	inbox  *inbox
 	counts counters
 
@@ -184,6 +185,7 @@ func NewExternal(cfg ExternalConfig) (*External, error) {
 		state:    State{Mode: ModeExternal, Address: u.Redacted(), Error: "not connected yet"},
 		resubbed: make(chan struct{}, 1),
 	}
+	e.often = newSampled(e.log, time.Minute)
 	e.inbox = newInbox(e)
 	return e, nil
 }

@@ -112,10 +112,8 @@ func (c *packetConn) fail(why error) {
 	c.Conn.Close()
 }
 
+// reason is why the connection was, or is to be, closed, else err.
 func (c *packetConn) reason(err error) error {
-	if err == nil {
-		return nil
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.dead != nil {
@@ -152,8 +150,10 @@ func (c *packetConn) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// lastWords is for how long a connection is read that cannot be written to.
-const lastWords = 2 * time.Second
+// lastWords is for how long a connection is read that cannot be written to, and
+// from which nothing comes. Of one that has ended at the other side the end
+// comes after what is left.
+const lastWords = 2 * stall
 
 func (c *packetConn) Read(p []byte) (int, error) {
 	for len(c.head) == 0 && c.body == 0 {
@@ -168,7 +168,10 @@ func (c *packetConn) Read(p []byte) (int, error) {
 	}
 	n, err := c.in.Read(p[:min(len(p), c.body)])
 	c.body -= n
-	return n, c.reason(err)
+	if err != nil {
+		err = c.reason(err)
+	}
+	return n, err
 }
 
 // Kinds of packets, as in the first byte.
@@ -180,6 +183,9 @@ const (
 
 // next reads a packet's header, and decides on it.
 func (c *packetConn) next() error {
+	if c.reason(nil) != nil {
+		_ = c.SetReadDeadline(time.Now().Add(lastWords))
+	}
 	first, err := c.in.ReadByte()
 	if err != nil {
 		return err

@@ -87,8 +87,8 @@ func (b *inbox) put(a *arrival) {
 		select {
 		case <-space:
 			patience.Reset(stall)
-		case <-a.link.done:
-			return
+		case <-a.link.left:
+			return // it comes again
 		case <-patience.C:
 			a.link.fail(errStalled)
 			return

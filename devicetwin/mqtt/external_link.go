@@ -36,9 +36,10 @@ type link struct {
 
 	leaving atomic.Bool // nothing more is taken in
 
-	done chan struct{} // closed by fail
+	done chan struct{} // closed when the link has ended
+	left chan struct{} // closed too if it was ended by this side
 	once sync.Once
-	why  error // set before done is closed
+	why  error // set before they are closed
 
 	// Owned by the client's goroutine that calls received.
 	publishes uint64
@@ -61,13 +62,25 @@ func newLink(e *External, epoch uint64) *link {
 		out:     make(chan *sending),
 		window:  make(chan struct{}, e.cfg.Window),
 		done:    make(chan struct{}),
+		left:    make(chan struct{}),
 		granted: make(map[string]byte),
 		refused: make(map[string]bool),
 	}
 }
 
-// fail ends the link; the first reason stays.
+// fail ends the link from this side; the first reason stays. What comes while it
+// ends is not taken in.
 func (l *link) fail(why error) {
+	l.once.Do(func() {
+		l.why = why
+		close(l.left)
+		close(l.done)
+	})
+}
+
+// gone ends the link because the other side has. All that came is taken in: it
+// may be what a broker had acknowledged and not saved when it died.
+func (l *link) gone(why error) {
 	l.once.Do(func() {
 		l.why = why
 		close(l.done)
@@ -99,7 +112,7 @@ func (l *link) connect(ctx context.Context) error {
 	opts.SetAutoAckDisabled(true)
 	opts.SetDefaultPublishHandler(func(_ paho.Client, m paho.Message) { l.received(m) })
 	opts.SetConnectionLostHandler(func(_ paho.Client, err error) {
-		l.fail(fmt.Errorf("connection lost: %w", err))
+		l.gone(fmt.Errorf("connection lost: %w", err))
 		close(l.lost)
 	})
 	if cfg.Username != "" {
@@ -206,7 +219,7 @@ func (l *link) received(m paho.Message) {
 	switch {
 	case l.conn.wasCut(l.publishes):
 		e.counts.oversize.Add(1)
-		e.log.Warn("a message was too long and is dropped", "topic", m.Topic(), "limit", e.cfg.MaxPacket)
+		e.often.Warn("a message was too long and is dropped", "topic", m.Topic(), "limit", e.cfg.MaxPacket)
 		e.ack(m)
 		return
 	case CheckTopic(m.Topic()) != nil:
@@ -353,7 +366,7 @@ func (l *link) subscribe() {
 	first := true
 	for {
 		if err := l.reconcile(first); err != nil {
-			l.fail(err)
+			l.gone(err)
 			return
 		}
 		first = false
