@@ -109,9 +109,13 @@ type fatal struct{ error }
 // await tries until there is no error, it is fatal, ctx ends or limit has
 // passed, and then returns the last one.
 func await(ctx context.Context, limit time.Duration, try func() error) error {
+	return awaitEvery(ctx, 300*time.Millisecond, limit, try)
+}
+
+func awaitEvery(ctx context.Context, every, limit time.Duration, try func() error) error {
 	deadline := time.NewTimer(limit)
 	defer deadline.Stop()
-	tick := time.NewTicker(300 * time.Millisecond)
+	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
 		err := try()

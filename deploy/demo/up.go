@@ -55,6 +55,13 @@ func up(ctx context.Context, dir, bin string) error {
 	if err := d.show(ctx); err != nil {
 		return err
 	}
+	d.out.printf("\n")
+	if err := d.out.step(ctx, "edge: a simulated thermostat and plug until the cloud knows them", d.startDevices); err != nil {
+		return err
+	}
+	if err := d.showDevices(ctx); err != nil {
+		return err
+	}
 	d.out.printf(`
 All in %.0f s. Go on with:
 
@@ -62,6 +69,7 @@ All in %.0f s. Go on with:
   alias kubectl='%s kubectl'     # or a kubectl of your own
   kubectl get pods -o wide
   kubectl exec -it deploy/hello -- /bin/demo tty
+  kubectl edit device plug-1     # turn spec.desired.relay on again
 
 The edge's log is %s,
 the cloud's %s.
