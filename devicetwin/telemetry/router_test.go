@@ -624,7 +624,7 @@ func TestNothingIsLostToSIGKILL(t *testing.T) {
 		captureUntilKilled(t, os.Getenv("SKERRY_TELEMETRY_DIR"), url)
 		return
 	}
-	const kills = 20
+	const kills = 12
 	h := newHook(t)
 	dir := t.TempDir()
 	acked := map[string]bool{}
@@ -709,7 +709,7 @@ func captureUntilKilled(t *testing.T, dir, url string) {
 	route := newRoute("all", v1alpha1.RouteSource{Topics: []string{"#"}}, v1alpha1.RouteSink{Webhook: &v1alpha1.WebhookSink{URL: url}})
 	route.Spec.Capture = "sync"
 	r.Set([]*v1alpha1.TelemetryRoute{route}, nil)
-	last := os.Getenv("SKERRY_TELEMETRY_ROUND") == "20"
+	last := os.Getenv("SKERRY_TELEMETRY_ROUND") == "12"
 	var lost atomic.Bool
 	var wg sync.WaitGroup
 	for w := range 4 {

@@ -23,7 +23,7 @@ import (
 
 // kills is how often the SIGKILL test kills; for a longer run:
 // go test ./devicetwin/twindb -run SIGKILL -kills 2000 -timeout 1h
-var kills = flag.Int("kills", 30, "how many times to kill a database under churn")
+var kills = flag.Int("kills", 20, "how many times to kill a database under churn")
 
 // A child process commits and says on its standard output what was acknowledged;
 // it is killed in the middle, again and again. Whatever it said must be there,
@@ -367,6 +367,53 @@ func TestAFullFileSystem(t *testing.T) {
 	if s := d.Stats(); s.Records != 3 || d.Mended() != nil {
 		t.Errorf("after a restart: %+v, mended %+v", s, d.Mended())
 	}
+}
+
+// A file system that the kernel turned read-only after an error: commits say so,
+// and once another is mounted in its place all goes on without a restart.
+func TestAReadOnlyFileSystem(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "image")
+	run := func(name string, args ...string) {
+		t.Helper()
+		if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
+			t.Fatalf("%s %s: %v: %s", name, strings.Join(args, " "), err, out)
+		}
+	}
+	for _, path := range []string{image, image + ".new"} {
+		must(t, os.WriteFile(path, nil, 0o600))
+		must(t, os.Truncate(path, 16<<20))
+		run("mkfs.ext4", "-q", path)
+	}
+	dir := t.TempDir()
+	run("mount", "-o", "loop", image, dir)
+	t.Cleanup(func() {
+		for syscall.Unmount(dir, syscall.MNT_DETACH) == nil { // one may lie on another
+		}
+	})
+	path := filepath.Join(dir, "devices.db")
+	d := mustOpen(t, path)
+	commit(t, d, "override", "a", "on")
+	run("mount", "-o", "remount,abort", dir)
+	for range 3 {
+		if err := d.Commit(t.Context(), devicetwin.Mut{Bucket: "override", Key: "a", Value: []byte("off")}); !errors.Is(err, ErrDisk) {
+			t.Fatalf("a commit on a dead file system: %v", err)
+		}
+	}
+	wantAll(t, d, "override", "a=on")
+	d.Dirty("twin", "t", func() []byte { return []byte("late") })
+	must(t, syscall.Unmount(dir, syscall.MNT_DETACH))
+	run("mount", "-o", "loop", image+".new", dir)
+	for deadline := time.Now().Add(20 * time.Second); d.Flush(t.Context()) != nil; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("still: %+v", d.Trouble())
+		}
+	}
+	commit(t, d, "override", "a", "off")
+	must(t, d.Close())
+	d = mustOpen(t, path)
+	wantAll(t, d, "override", "a=off")
+	wantAll(t, d, "twin", "t=late")
+	must(t, d.Close())
 }
 
 // Noted changes are bounded while the disk takes nothing, and a file that is

@@ -252,3 +252,42 @@ func TestDailyCopy(t *testing.T) {
 		}
 	})
 }
+
+// A day of 30 devices' 3 messages a second, from half a minute of it, by the
+// kernel's count and by the DB's own.
+func BenchmarkDay(b *testing.B) {
+	diskBytes := func() (n int64) {
+		raw, err := os.ReadFile("/proc/self/io")
+		must(b, err)
+		if _, after, ok := strings.Cut(string(raw), "\nwrite_bytes: "); ok {
+			_, _ = fmt.Sscan(after, &n)
+		}
+		return n
+	}
+	for b.Loop() {
+		d := mustOpen(b, filepath.Join(b.TempDir(), "devices.db"))
+		rng := rand.New(rand.NewPCG(1, 2))
+		for dev := range 30 {
+			d.Dirty("twin", fmt.Sprintf("home/device-%d", dev), func() []byte { return make([]byte, 800) })
+		}
+		must(b, d.Flush(b.Context()))
+		before, counted, start := diskBytes(), d.Stats().Bytes, time.Now()
+		tick := time.NewTicker(time.Second / 90)
+		for time.Since(start) < 30*time.Second {
+			<-tick.C
+			d.Dirty("twin", fmt.Sprintf("home/device-%d", rng.IntN(30)), func() []byte {
+				v := make([]byte, 800)
+				for i := range v {
+					v[i] = byte(rng.Uint32())
+				}
+				return v
+			})
+		}
+		tick.Stop()
+		must(b, d.Flush(b.Context()))
+		perDay := 86400 / time.Since(start).Seconds() / 1e9
+		b.ReportMetric(float64(diskBytes()-before)*perDay, "GB/day")
+		b.ReportMetric(float64(d.Stats().Bytes-counted)*perDay, "countedGB/day")
+		must(b, d.Close())
+	}
+}

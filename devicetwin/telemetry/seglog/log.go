@@ -106,7 +106,8 @@ type Log struct {
 	cfg         Config
 	incarnation string
 
-	kick      chan struct{} // something waits to be written
+	kick      chan struct{} // something is to be written now
+	offered   chan struct{} // something is to be written soon
 	closing   chan struct{}
 	wg        sync.WaitGroup
 	closeOnce sync.Once
@@ -233,10 +234,15 @@ func (l *Log) Offer(recs ...Record) {
 		l.pending = append(l.pending, &entry{r, nil})
 	}
 	l.pendingBytes += size
-	wake := l.pendingBytes >= writeAt
+	now := l.pendingBytes >= writeAt
 	l.mu.Unlock()
-	if wake {
+	if now {
 		l.wake()
+		return
+	}
+	select {
+	case l.offered <- struct{}{}:
+	default:
 	}
 }
 

@@ -23,7 +23,7 @@ func Open(cfg Config) (*Log, error) {
 	}
 	l := &Log{
 		cfg: cfg, limit: cfg.MaxBytes,
-		kick: make(chan struct{}, 1), toSeal: make(chan struct{}, 1), closing: make(chan struct{}),
+		kick: make(chan struct{}, 1), offered: make(chan struct{}, 1), toSeal: make(chan struct{}, 1), closing: make(chan struct{}),
 		room: make(chan struct{}), grown: make(chan struct{}),
 	}
 	if err := l.load(); err != nil {

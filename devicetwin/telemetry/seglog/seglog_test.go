@@ -428,7 +428,7 @@ func TestLiveDataLeads(t *testing.T) {
 }
 
 // kills is how often the SIGKILL test kills.
-var kills = flag.Int("kills", 30, "how many times to kill a log under churn")
+var kills = flag.Int("kills", 20, "how many times to kill a log under churn")
 
 // A child appends, and says what was acknowledged, and what it read; it is
 // killed in the middle. What was acknowledged is there under one ID for good.
@@ -756,6 +756,25 @@ func BenchmarkAppend(b *testing.B) {
 			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "records/s")
 			b.ReportMetric(float64(diskBytes()-before)/float64(b.N), "diskB/record")
 		})
+	}
+}
+
+// A day of 30 devices' 3 messages a second, from half a minute of it.
+func BenchmarkDay(b *testing.B) {
+	for b.Loop() {
+		l, err := Open(Config{Dir: b.TempDir()})
+		must(b, err)
+		before, start := diskBytes(), time.Now()
+		payload := []byte(strings.Repeat("x", 120))
+		tick := time.NewTicker(time.Second / 90)
+		for time.Since(start) < 30*time.Second {
+			<-tick.C
+			l.Offer(Record{Kind: 1, Payload: payload})
+		}
+		tick.Stop()
+		must(b, l.Close())
+		b.ReportMetric(float64(diskBytes()-before)/time.Since(start).Seconds()*86400/1e9, "GB/day")
+		b.ReportMetric(float64(l.Stats().Appended)/time.Since(start).Seconds(), "records/s")
 	}
 }
 

@@ -12,8 +12,7 @@ import (
 // write is the writer's loop, until Close.
 func (l *Log) write() {
 	defer l.wg.Done()
-	flush := time.NewTicker(l.cfg.FlushEvery)
-	defer flush.Stop()
+	var flush <-chan time.Time // nil: nothing was offered, and nothing wakes an idle node
 	chores := time.NewTicker(housekeeping)
 	defer chores.Stop()
 	for {
@@ -21,7 +20,12 @@ func (l *Log) write() {
 		case <-l.kick:
 			l.writePending()
 			l.trimmed()
-		case <-flush.C:
+		case <-l.offered:
+			if flush == nil {
+				flush = time.After(l.cfg.FlushEvery)
+			}
+		case <-flush:
+			flush = nil
 			l.writePending()
 		case <-chores.C:
 			l.tidy()
