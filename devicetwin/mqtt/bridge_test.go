@@ -344,6 +344,72 @@ func TestBridgeToOldBroker(t *testing.T) {
 	}
 }
 
+// TestBridgeFromEmbedded: what devices say to the embedded broker while the node
+// is cut off, and what of it a queue has kept over a restart of the node, is
+// carried once it is connected, retained where it is to be; and nothing loops.
+func TestBridgeFromEmbedded(t *testing.T) {
+	q := NewMemoryQueue(1000)
+	there := startMosquitto(t, "persistence true", "persistence_location %d/")
+	hear := listen(t, there, "site/#")
+	start := func() (*Embedded, func()) {
+		local, err := NewEmbedded(EmbeddedConfig{Log: testLog(t)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		stopLocal := runUntilEnd(t, local)
+		b, err := NewBridge(BridgeConfig{Name: "b1", Local: local, NoNotifications: true, Out: q, Log: testLog(t),
+			Remote: ExternalConfig{URL: there.url(), MinBackoff: 10 * time.Millisecond, MaxBackoff: 50 * time.Millisecond},
+			Topics: topics(t, `topic # both 1 "" site/`)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		stop := runUntilEnd(t, b)
+		eventually(t, "bridge subscribed", func() bool { return len(b.remote.currentRoutes().wild) == 1 })
+		return local, func() {
+			stop()
+			stopLocal()
+			q.mu.Lock()
+			q.next = q.first // as one on disk begins
+			q.mu.Unlock()
+		}
+	}
+	there.stop()
+	local, stop := start()
+	const n = 50
+	for i := range n {
+		publish(t, local, Message{Topic: "dev/1", QoS: 1, Payload: fmt.Append(nil, i)})
+	}
+	publish(t, local, Message{Topic: "dev/2", QoS: 1, Retain: true, Payload: []byte("kept")})
+	eventually(t, "all queued", func() bool { return q.Len() == n+1 })
+	stop()
+	there.start()
+	local, stop = start()
+	defer stop()
+	var here heard
+	defer subscribe(t, local, "#", 1, here.handle)()
+	eventually(t, "all heard", func() bool { return hear.len() == n+1 && q.Len() == 0 })
+	for i, got := range hear.all()[:n] {
+		if got != fmt.Sprintf("site/dev/1=%d", i) {
+			t.Fatalf("at %d: %s", i, got)
+		}
+	}
+	if kept := listen(t, there, "site/dev/2"); !eventuallyLen(kept, 1) || !kept.msgs[0].Retain {
+		t.Error("not retained there")
+	}
+	there.pub("-t", "site/cmd", "-m", "go", "-q", "1")
+	publish(t, local, Message{Topic: "end", QoS: 1})
+	eventually(t, "the end there", func() bool { return hear.len() >= n+3 })
+	eventually(t, "command here", func() bool { return here.len() >= 2 })
+	for _, s := range here.all() {
+		if s != "cmd=go" && s != "end=" {
+			t.Errorf("here came %s", s)
+		}
+	}
+	if hear.len() != n+3 {
+		t.Errorf("there came %v", hear.all()[n:])
+	}
+}
+
 func TestParseBridgeTopic(t *testing.T) {
 	for line, want := range map[string]BridgeTopic{
 		"topic # both 2 local/ remote/": {"#", "both", 2, "local/", "remote/"},
