@@ -27,6 +27,10 @@ type EmbeddedConfig struct {
 	// outlive the power is on the disk. Its error refuses the message. It blocks
 	// only its publisher, and is called by several of them at a time.
 	Capture func(Message) error
+	// CaptureAll, if not nil, is called in place of Capture, with messages that
+	// came together from one client, in their order: one wait for the disk is
+	// then for all of them. Its error refuses them all.
+	CaptureAll func([]Message) error
 	// Auth says who a client is; nil: Anonymous, which is for loopback alone.
 	Auth Authenticator
 	// ACL says what a client may do; nil: anonymous clients on loopback use all

@@ -27,7 +27,7 @@ func BenchmarkQoS1(b *testing.B) {
 			benchQoS1(b, e.addr(), publishers, 0)
 		})
 		b.Run(fmt.Sprintf("captured/%d", publishers), func(b *testing.B) {
-			e := startEmbedded(b, EmbeddedConfig{Capture: syncedCapture(b)})
+			e := startEmbedded(b, EmbeddedConfig{CaptureAll: syncedCapture(b)})
 			benchQoS1(b, e.addr(), publishers, 0)
 		})
 		b.Run(fmt.Sprintf("mosquitto/%d", publishers), func(b *testing.B) {
@@ -44,7 +44,7 @@ func BenchmarkLatency(b *testing.B) {
 		benchQoS1(b, e.addr(), 10, 1000)
 	})
 	b.Run("captured", func(b *testing.B) {
-		e := startEmbedded(b, EmbeddedConfig{Capture: syncedCapture(b)})
+		e := startEmbedded(b, EmbeddedConfig{CaptureAll: syncedCapture(b)})
 		benchQoS1(b, e.addr(), 10, 1000)
 	})
 	b.Run("mosquitto", func(b *testing.B) {
@@ -54,7 +54,7 @@ func BenchmarkLatency(b *testing.B) {
 }
 
 // syncedCapture appends to one file, many messages to an fsync.
-func syncedCapture(b *testing.B) func(Message) error {
+func syncedCapture(b *testing.B) func([]Message) error {
 	f, err := os.Create(filepath.Join(b.TempDir(), "log"))
 	if err != nil {
 		b.Fatal(err)
@@ -64,10 +64,12 @@ func syncedCapture(b *testing.B) func(Message) error {
 	var waiting []chan error
 	var pending bytes.Buffer
 	syncing := false
-	return func(m Message) error {
+	return func(ms []Message) error {
 		done := make(chan error, 1)
 		mu.Lock()
-		pending.Write(m.Payload)
+		for _, m := range ms {
+			pending.Write(m.Payload)
+		}
 		waiting = append(waiting, done)
 		lead := !syncing
 		syncing = true

@@ -38,6 +38,7 @@ type conn struct {
 	cl      *mochi.Client
 	head    []byte            // of the first packet, read ahead
 	sniffed bool              // the first packet is a CONNECT of a bearable size
+	arrived []unanswered      // to be answered before the next read, or what is not PUBLISH
 	acks    []byte            // to be written before the next read
 	aliases map[uint16]string // inbound
 	left    bool              // DISCONNECT came: no will
@@ -72,9 +73,12 @@ type conn struct {
 
 var errFirstPacket = errors.New("the first packet is not a CONNECT of a bearable size")
 
-// Read is mochi's: its buffer is empty, so that what was answered meanwhile
-// goes out in one write.
+// Read is mochi's: its buffer is empty, so that what came in it is captured at
+// a time, and what was answered meanwhile goes out in one write.
 func (c *conn) Read(p []byte) (int, error) {
+	if err := c.settle(); err != nil {
+		return 0, c.drop(err)
+	}
 	if err := c.flush(); err != nil {
 		return 0, err
 	}
@@ -303,11 +307,8 @@ func (b *Embedded) sendWill(w *stored) {
 	if m.Expiry > 0 {
 		m.expires = m.Received.Add(m.Expiry)
 	}
-	if b.cfg.Capture != nil {
-		if err := b.cfg.Capture(m.Message); err != nil {
-			b.stats.captureFailed.Add(1)
-			b.slow.Warn("a will could not be captured", "topic", m.Topic, "client", m.From, "error", err)
-		}
+	if err := b.capture([]unanswered{{m: &m}}); err != nil {
+		b.slow.Warn("a will could not be captured", "topic", m.Topic, "client", m.From, "error", err)
 	}
 	if err := b.take(nil, &m); err != nil {
 		b.slow.Warn("a will was not taken whole", "topic", m.Topic, "client", m.From, "error", err)

@@ -217,6 +217,11 @@ func (h *hook) OnPacketRead(cl *mochi.Client, pk packets.Packet) (packets.Packet
 		return pk, nil // nor the first if it is another
 	}
 	var err error
+	if pk.FixedHeader.Type != packets.Publish {
+		if err := c.settle(); err != nil {
+			return pk, c.drop(err)
+		}
+	}
 	switch pk.FixedHeader.Type {
 	case packets.Publish:
 		err = h.b.published(c, pk)
@@ -236,8 +241,10 @@ func (h *hook) OnPacketRead(cl *mochi.Client, pk packets.Packet) (packets.Packet
 		err = h.b.unsubscribed(c, pk)
 	case packets.Disconnect:
 		return c.disconnecting(pk)
-	default:
-		return pk, nil
+	default: // mochi answers, after what was answered before
+		if err = c.flush(); err == nil {
+			return pk, nil
+		}
 	}
 	if err != nil {
 		return pk, c.drop(err)
@@ -308,52 +315,109 @@ func (b *Embedded) published(c *conn, pk packets.Packet) error {
 		}
 	}
 	b.stats.received.Add(1)
-	reason := byte(0)
-	m := newStored(topic, pk.Payload, qos, pk.FixedHeader.Retain, pk.Properties)
-	m.From, m.Dup = c.id, pk.FixedHeader.Dup
+	a := unanswered{m: newStored(topic, pk.Payload, qos, pk.FixedHeader.Retain, pk.Properties), id: pk.PacketID}
+	a.m.From, a.m.Dup = c.id, pk.FixedHeader.Dup
 	switch {
 	case b.checkSize(topic) != nil:
-		reason = packets.ErrTopicNameInvalid.Code
+		a.reason = packets.ErrTopicNameInvalid.Code
 		b.stats.denied.Add(1)
 		b.slow.Warn("a topic is too long or too deep; what is published to it is dropped", "client", c.id, "bytes", len(topic))
 	case !b.acl.May(c.principal, topic, true):
-		reason = packets.ErrNotAuthorized.Code
+		a.reason = packets.ErrNotAuthorized.Code
 		b.stats.denied.Add(1)
 		b.slow.Warn("an MQTT client may not publish what it did; it is dropped", "client", c.id, "user", c.principal.Name, "topic", topic)
-	default:
-		err := b.takeFrom(c, m)
-		if errors.Is(err, errRetainedFull) {
-			err, reason = nil, packets.ErrQuotaExceeded.Code
-		}
-		if err != nil {
-			b.slow.Warn("a message was refused, so it is not acknowledged", "client", c.id, "topic", topic, "error", err)
-			if qos > 0 && c.version < 5 {
-				return packets.ErrQuotaExceeded
-			}
-			reason = packets.ErrQuotaExceeded.Code
-		}
 	}
-	switch qos {
-	case 1:
-		return c.ack(packetPuback, pk.PacketID, reason)
-	case 2:
-		if c.version < 5 || reason < packets.ErrUnspecifiedError.Code {
-			c.session.remember(pk.PacketID)
-		}
-		return c.ack(packetPubrec, pk.PacketID, reason)
+	c.arrived = append(c.arrived, a)
+	if b.cfg.CaptureAll == nil || qos == 2 || len(c.arrived) >= maxArrived {
+		return c.settle()
 	}
 	return nil
 }
 
-// takeFrom captures a client's message and takes it.
-func (b *Embedded) takeFrom(c *conn, m *stored) error {
-	if b.cfg.Capture != nil {
-		if err := b.cfg.Capture(m.Message); err != nil {
-			b.stats.captureFailed.Add(1)
-			return fmt.Errorf("capture: %w", err)
+// unanswered is a PUBLISH that is not yet answered.
+type unanswered struct {
+	m      *stored
+	id     uint16
+	reason byte // of its refusal
+}
+
+// maxArrived bounds what is captured at a time; a buffer of small messages has
+// about as many.
+const maxArrived = 64
+
+// settle captures what has arrived, takes it, and answers, in its order
+// [MQTT-4.6.0-2].
+func (c *conn) settle() error {
+	if len(c.arrived) == 0 {
+		return nil
+	}
+	err := c.b.capture(c.arrived)
+	for _, a := range c.arrived {
+		if err := c.answer(a, err); err != nil {
+			c.arrived = nil // the connection ends without an answer to them
+			return err
 		}
 	}
-	return b.take(c, m)
+	clear(c.arrived)
+	c.arrived = c.arrived[:0]
+	return nil
+}
+
+// capture captures those that were not refused.
+func (b *Embedded) capture(arrived []unanswered) error {
+	if b.cfg.Capture == nil && b.cfg.CaptureAll == nil {
+		return nil
+	}
+	ms := make([]Message, 0, len(arrived))
+	for _, a := range arrived {
+		if a.reason == 0 {
+			ms = append(ms, a.m.Message)
+		}
+	}
+	var err error
+	switch {
+	case len(ms) == 0:
+	case b.cfg.CaptureAll != nil:
+		err = b.cfg.CaptureAll(ms)
+	default:
+		err = b.cfg.Capture(ms[0]) // settle is called for each
+	}
+	if err != nil {
+		b.stats.captureFailed.Add(uint64(len(ms)))
+		return fmt.Errorf("capture: %w", err)
+	}
+	return nil
+}
+
+// answer takes a message, unless it was refused or could not be captured, and
+// acknowledges it.
+func (c *conn) answer(a unanswered, err error) error {
+	b, qos := c.b, a.m.QoS
+	if a.reason == 0 {
+		if err == nil {
+			err = b.take(c, a.m)
+		}
+		if errors.Is(err, errRetainedFull) {
+			err, a.reason = nil, packets.ErrQuotaExceeded.Code
+		}
+		if err != nil {
+			b.slow.Warn("a message was refused, so it is not acknowledged", "client", c.id, "topic", a.m.Topic, "error", err)
+			if qos > 0 && c.version < 5 {
+				return packets.ErrQuotaExceeded
+			}
+			a.reason = packets.ErrQuotaExceeded.Code
+		}
+	}
+	switch qos {
+	case 1:
+		return c.ack(packetPuback, a.id, a.reason)
+	case 2:
+		if c.version < 5 || a.reason < packets.ErrUnspecifiedError.Code {
+			c.session.remember(a.id)
+		}
+		return c.ack(packetPubrec, a.id, a.reason)
+	}
+	return nil
 }
 
 // resolve is the topic of a PUBLISH, which may be given by its alias.

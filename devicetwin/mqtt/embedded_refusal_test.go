@@ -1,6 +1,7 @@
 package mqtt
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -18,12 +19,29 @@ import (
 func TestEmbeddedCapture(t *testing.T) {
 	var full atomic.Bool
 	var captured heard
-	b := startEmbedded(t, EmbeddedConfig{Capture: func(m Message) error {
+	capture := func(m Message) error {
 		if full.Load() {
 			return errors.New("the disk is full")
 		}
 		return captured.handle(m)
-	}})
+	}
+	t.Run("one by one", func(t *testing.T) { testCapture(t, EmbeddedConfig{Capture: capture}, &full, &captured) })
+	full.Store(false)
+	captured = heard{}
+	t.Run("all", func(t *testing.T) {
+		testCapture(t, EmbeddedConfig{CaptureAll: func(ms []Message) error {
+			for _, m := range ms {
+				if err := capture(m); err != nil {
+					return err
+				}
+			}
+			return nil
+		}}, &full, &captured)
+	})
+}
+
+func testCapture(t *testing.T, cfg EmbeddedConfig, full *atomic.Bool, captured *heard) {
+	b := startEmbedded(t, cfg)
 	var got heard
 	subscribe(t, b, "#", 1, got.handle)
 	v5 := dialWire(t, b.addr(), connectAs("v5", 5, true))
@@ -59,6 +77,65 @@ func TestEmbeddedCapture(t *testing.T) {
 	}
 	if s := b.Stats(); s.CaptureFailed != 5 {
 		t.Errorf("%+v", s)
+	}
+}
+
+// What comes together is captured together, is answered in its order, and holds
+// up nothing.
+func TestEmbeddedCaptureTogether(t *testing.T) {
+	var mu sync.Mutex
+	var batches []int
+	b := startEmbedded(t, EmbeddedConfig{ACL: NewACLTable(ACLConfig{Local: true}), CaptureAll: func(ms []Message) error {
+		mu.Lock()
+		defer mu.Unlock()
+		batches = append(batches, len(ms))
+		return nil
+	}})
+	c := dialWire(t, b.addr(), connectAs("c", 5, true))
+	c.subscribe(packets.Subscription{Filter: "a", Qos: 0})
+	var buf bytes.Buffer
+	for i := range 200 {
+		pk := publishOf("a", fmt.Sprint(i), 1, uint16(i+1))
+		if i%10 == 3 {
+			pk.TopicName = "skerry/v1/x" // it may not
+		}
+		pk.ProtocolVersion = 5
+		pk.PublishEncode(&buf)
+	}
+	buf.Write([]byte{packets.Pingreq << 4, 0})
+	if _, err := c.net.Write(buf.Bytes()); err != nil {
+		t.Fatal(err)
+	}
+	acks, messages := 0, 0
+	for {
+		pk, err := c.next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if pk.FixedHeader.Type == packets.Pingresp {
+			break
+		}
+		switch pk.FixedHeader.Type {
+		case packets.Puback:
+			if refused := acks%10 == 3; int(pk.PacketID) != acks+1 || (pk.ReasonCode == 0x87) != refused {
+				t.Fatalf("PUBACK of %d is %d, %#x", acks+1, pk.PacketID, pk.ReasonCode)
+			}
+			acks++
+		case packets.Publish:
+			messages++
+		}
+	}
+	for ; messages < 180; messages++ {
+		c.want(packets.Publish)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	total := 0
+	for _, n := range batches {
+		total += n
+	}
+	if acks != 200 || total != 180 || len(batches) > 60 {
+		t.Errorf("%d acknowledgements; captured %v", acks, batches)
 	}
 }
 
