@@ -92,6 +92,7 @@ type refresh struct {
 	online   bool
 	start    bool
 	interval time.Duration
+	asked    atomic.Int64 // Unix nanoseconds
 }
 
 // handler makes readings of a packet, after those in out.
@@ -271,7 +272,7 @@ func replyTo(node string, key devicetwin.Key) string {
 		}
 		return r
 	}, node)
-	return reserved + "v1/reply/" + name + "/" + hex.EncodeToString(sum[:6])
+	return reserved + "reply/" + name + "/" + hex.EncodeToString(sum[:6])
 }
 
 // need is a param that the profile cannot do without.

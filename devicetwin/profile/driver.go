@@ -526,7 +526,16 @@ func (d *Driver) askOnce(ctx context.Context, dev *device, r *refresh) error {
 	if dev.ownRefresh != nil {
 		return dev.ownRefresh(ctx)
 	}
+	// A device that comes is asked by the twin and by its model.
+	if now := time.Now().UnixNano(); now-r.asked.Load() < int64(refreshOnce) {
+		return nil
+	} else {
+		r.asked.Store(now)
+	}
 	_, err := d.send(ctx, dev, r.write, 0, 0, func(string) (word, bool) { return word{}, false })
+	if err != nil {
+		r.asked.Store(0)
+	}
 	return err
 }
 
@@ -574,6 +583,7 @@ func (d *Driver) repeat(dev *device, r *refresh) {
 const (
 	refreshPace  = 10 * time.Millisecond // the questions to many devices are no burst
 	refreshRetry = time.Second           // while there is no broker
+	refreshOnce  = 500 * time.Millisecond
 )
 
 // ask sends the refreshes that are wanted, one after another.

@@ -326,6 +326,7 @@ type spNode struct {
 	alive    map[string]bool   // devices with a birth
 	aliases  map[uint64]spDef
 	defs     map[spName]spDef
+	bornAt   time.Time
 	asked    time.Time // for a rebirth
 	askAgain bool      // once the interval is over
 }
@@ -489,6 +490,7 @@ func (n *spNode) birth(m *spMsg) {
 	alive := n.alive
 	n.clear()
 	n.born, n.hasBdSeq, n.askAgain = true, false, false
+	n.bornAt = time.Now()
 	n.next = (m.payload.seq + 1) % 256
 	for _, x := range m.payload.metrics {
 		if x.name == "bdSeq" {
@@ -728,8 +730,14 @@ func (d *Driver) spRebirth(id spID) {
 	d.mu.Lock()
 	n := d.nodes[id]
 	d.mu.Unlock()
-	if n != nil {
-		n.rebirth()
+	if n == nil {
+		return
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	// A birth tells all there is: who asks because of it has been answered.
+	if !n.born || time.Since(n.bornAt) >= n.config.rebirthMin {
+		n.rebirthLocked("its values are asked for")
 	}
 }
 
