@@ -427,3 +427,20 @@ func (n *node) write(t *testing.T, property string, v any) {
 		t.Fatal(err)
 	}
 }
+
+// What the README shows is what the tests here use.
+func TestTheREADMEShowsTheExamples(t *testing.T) {
+	readme, err := os.ReadFile("../../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range []string{"zigbee2mqtt-thermostat.yaml", "tasmota-plug.yaml", "shelly-plug.yaml", "sparkplug-press.yaml", "json-sensor.yaml"} {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Contains(readme, slices.Concat([]byte("```yaml\n"), b, []byte("```\n"))) {
+			t.Errorf("README.md does not show %s as it is", f)
+		}
+	}
+}
