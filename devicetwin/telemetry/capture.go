@@ -23,6 +23,8 @@ const (
 	// trimmed is how long a captured message is kept at least: flushes lie at
 	// most a minute apart.
 	trimmed = 150 * time.Second
+	// atRest is settled for an orderly end, after which the twins are flushed.
+	atRest = time.Second
 )
 
 // Capture takes each message that a device publishes. For sync routes it
@@ -134,9 +136,17 @@ func (p *replay) tick(c Cursors) {
 		trim = p.marks[0].end
 		p.marks = p.marks[1:]
 	}
+	p.mu.Unlock()
+	p.settle(c, now.Add(-settled))
+	p.log.Trim(trim)
+}
+
+// settle has the cursor follow: what was captured before then is in the twins.
+func (p *replay) settle(c Cursors, then time.Time) {
+	p.mu.Lock()
 	before := p.safe
 	for _, m := range p.marks {
-		if now.Sub(m.at) >= settled && p.safe.Before(m.end) {
+		if !m.at.After(then) && p.safe.Before(m.end) {
 			p.safe = m.end
 		}
 	}
@@ -145,7 +155,6 @@ func (p *replay) tick(c Cursors) {
 	if changed {
 		c.Dirty(cursorBucket, replayKey, p.cursor)
 	}
-	p.log.Trim(trim)
 }
 
 func (p *replay) cursor() []byte {

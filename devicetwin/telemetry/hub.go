@@ -183,7 +183,7 @@ func answer(ack edgeapi.TelemetryAck, records int) error {
 	err := fmt.Errorf("the hub answers %d: %s", ack.Code, ack.Message)
 	switch {
 	case ack.Code == http.StatusUnauthorized, ack.Code == http.StatusForbidden,
-		ack.Code == http.StatusNotFound, // it may not have seen the route yet
+		ack.Code == http.StatusNotFound, ack.Code == http.StatusConflict, // it may not have seen the route as it is now
 		ack.Code == http.StatusTooManyRequests, ack.Code < 400, ack.Code >= 500:
 		if ack.RetryAfter > 0 {
 			return &sink.Later{After: min(time.Duration(ack.RetryAfter)*time.Millisecond, time.Hour), Err: err}

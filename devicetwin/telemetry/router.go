@@ -166,20 +166,25 @@ func (r *Router) Run(ctx context.Context) error {
 			r.sweep()
 			r.reopen()
 		case <-ctx.Done():
-			r.close()
+			r.Close()
 			return nil
 		}
 	}
 }
 
-func (r *Router) close() {
+// Close ends a Router that is not run. It may be called again.
+func (r *Router) Close() {
 	r.cancel()
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.closed {
+		return
+	}
 	r.closed = true
 	for _, rt := range r.routes {
 		rt.stop()
 	}
+	r.replay.settle(r.cfg.Cursors, time.Now().Add(-atRest))
 	r.replay.close()
 }
 

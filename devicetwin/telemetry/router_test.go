@@ -345,8 +345,22 @@ func TestCapturedMessagesComeBack(t *testing.T) {
 		for i := 100; i < 105; i++ {
 			must(t, r.Capture(mqtt.Message{Topic: "tele/a/SENSOR", Payload: fmt.Append(nil, i)}))
 		}
+		mem := cfg.Cursors.(*memory)
+		lost := newMemory()
+		lost.kept = maps.Clone(mem.kept) // as a power cut leaves it
 		stop()
+		mem.flush() // as an orderly end does
+		again, end := start(t, cfg)
+		n := 0
+		for range again.Captured() {
+			n++
+		}
+		if n < 5 || n > 8 {
+			t.Errorf("%d messages come back after an orderly end", n)
+		}
+		end()
 
+		cfg.Cursors = lost
 		r, stop = start(t, cfg)
 		for range 2 { // as often as one likes
 			var got []int
@@ -608,6 +622,8 @@ func TestHubSink(t *testing.T) {
 	must(t, h.conn.Send(edgeapi.TelemetryAck{Seq: 99, Code: 200})) // of nothing
 	must(t, h.conn.Send(edgeapi.TelemetryAck{Seq: again.Seq, Code: 503, Message: "no room", RetryAfter: 10}))
 	third := h.batch(t)
+	must(t, h.conn.Send(edgeapi.TelemetryAck{Seq: third.Seq, Code: 409})) // it has yet to see the route as it is now
+	third = h.batch(t)
 	must(t, h.conn.Send(edgeapi.TelemetryAck{Seq: third.Seq, Code: 200}))
 	waitFor(t, "acknowledgement", func() bool { s := r.Status()[0].Sinks[1]; return s.Sent == 2 && s.Behind == 0 && s.Error == "" })
 	must(t, r.Append(t.Context(), key, "t", []byte("3")))

@@ -25,7 +25,9 @@ const TelemetryVersion = 1
 
 // Bounds of the conversation.
 const (
-	TelemetryWindow     = 4
+	// TelemetryWindow is large enough for some routes with a slow sink behind the
+	// hub not to hold up the others.
+	TelemetryWindow     = 16
 	TelemetryMaxRecords = 1000
 )
 
@@ -56,8 +58,9 @@ type TelemetryBatch struct {
 }
 
 // TelemetryAck answers the batch Seq. Code is an HTTP status: 200 is done; 429
-// and 5xx are worth another try, after RetryAfter; any other is a refusal that
-// no retry mends, and the records are given up and counted.
+// and 5xx are worth another try, after RetryAfter, and so are 401, 403, 404 and
+// 409, which are not about the records; any other is a refusal that no retry
+// mends, and the records are given up and counted.
 type TelemetryAck struct {
 	Seq        uint64 `json:"seq"`
 	Code       int    `json:"code"`
