@@ -51,6 +51,9 @@ func (p *Part) assemble(ctx context.Context) (*running, error) {
 		return nil, err
 	}
 	if err := r.wire(ctx); err != nil {
+		if r.routes != nil {
+			r.routes.Close() // its logs are opened again at the next try
+		}
 		return nil, errors.Join(err, r.db.Close())
 	}
 	return r, nil
