@@ -37,5 +37,25 @@
 // the scale and offset of the first read.
 //
 // A path that a payload does not have is no reading: devices send parts. A value
-// that cannot be had is a bad reading that says why.
+// that cannot be had is a bad reading that says why. Payloads of more than
+// 256 KiB, or nested deeper than 64, are not read.
+//
+// # Profiles
+//
+// raw and json have no manners: every topic is the model's. With zigbee2mqtt,
+// tasmota, shelly2 and homie5 a read.path is enough: topics, writes, questions
+// and presence are the profile's, unless the model has its own. homeassistant
+// takes them from the device's discovery config. sparkplugB follows births,
+// aliases and the sequence of edge nodes; kubeedge answers on KubeEdge's $hw
+// topics; external is for mappers, which speak HTTP over a unix socket. What
+// each needs of params and profileConfig is said at its variable.
+//
+// # Discovery
+//
+// A DeviceDiscovery watches one profile's announcements. Candidates are told
+// whole, at most once a second, under names that are the same at every sight.
+// A node holds 500 candidates at most and takes 20 new ones a second, after a
+// first burst of 500: what brokers retain comes all at once and only once.
+// Attributes are 16 at most, of 256 bytes. Whether a candidate has gone is for
+// who keeps the Devices; it has the time when each was last seen.
 package profile

@@ -274,9 +274,6 @@ type subscription struct {
 // order is kept, nothing is queued here, and what is acknowledged has reached
 // the sink.
 func (s *subscription) handle(d *Driver, m mqtt.Message) error {
-	if m.Received.IsZero() {
-		m.Received = time.Now()
-	}
 	p := &packet{Message: m}
 	for _, r := range *s.routes.Load() {
 		d.deliver(r, p)

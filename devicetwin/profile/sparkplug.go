@@ -355,7 +355,9 @@ const (
 func (d *Driver) setNodesLocked() {
 	members := map[spID]map[string][]*spDevice{}
 	configs := map[spID]spConfig{}
-	for _, dev := range d.devices {
+	byName := slices.SortedFunc(maps.Keys(d.devices), func(a, b devicetwin.Key) int { return strings.Compare(a.String(), b.String()) })
+	for _, key := range byName {
+		dev := d.devices[key]
 		if dev.sp == nil || dev.err != nil {
 			continue
 		}
@@ -364,7 +366,9 @@ func (d *Driver) setNodesLocked() {
 			members[s.id] = map[string][]*spDevice{}
 		}
 		members[s.id][s.name] = append(members[s.id][s.name], s)
-		configs[s.id] = s.config
+		if _, ok := configs[s.id]; !ok {
+			configs[s.id] = s.config // of the first, where models differ
+		}
 	}
 	for id := range d.nodes {
 		if members[id] == nil {
