@@ -83,6 +83,11 @@ bench: deps build bin/kubelet ## Measure the whole system beside a plain kubelet
 	@go build -o bin/bench ./e2e/bench
 	@bin/bench -kubelet bin/kubelet $(BENCH_ARGS)
 
+.PHONY: bench-devices
+bench-devices: deps build ## Measure devices: MQTT to twin, to the hub and back, memory, disk (needs root; BENCH_ARGS='-only rate')
+	@go build -o bin/bench-devices ./e2e/bench-devices
+	@bin/bench-devices $(BENCH_ARGS)
+
 .PHONY: bench-go
 bench-go: ## Run the packages' own benchmarks (BENCH=regexp)
 	go test -p 1 -run '^$$' -bench '$(BENCH)' -benchmem -timeout 60m ./...
