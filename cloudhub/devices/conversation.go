@@ -219,16 +219,24 @@ func (d *Devices) compare(s *session, digests []edgeapi.TwinDigestItem) (want []
 			continue
 		}
 		values := make([]edgeapi.TwinValue, 0, len(tw.values))
+		var lost []edgeapi.TwinValue // perhaps
+		var latest v1alpha1.Version  // of values: the node tells its states anyway
 		for p, r := range tw.values {
 			values = append(values, r.wire(tw.ref, p))
-			// A store that was made anew has nothing at all.
-			if has.IsZero() || r.version.Incarnation == has.Incarnation && s.sameLife(r.version) && r.version.Compare(has) > 0 {
-				restore = append(restore, values[len(values)-1])
+			if latest.IsZero() || r.version.Incarnation == s.hello.Incarnation && r.version.Supersedes(latest) {
+				latest = r.version
+			}
+			// What this start of the node did not say itself, it may have lost
+			// with its power, whatever else it has said since; it takes only
+			// what it does not have.
+			if (r.version.Incarnation != s.hello.Incarnation || r.version.Epoch != s.hello.Epoch) && s.sameLife(r.version) {
+				lost = append(lost, values[len(values)-1])
 			}
 		}
 		hash, err := edgeapi.TwinHash(values)
-		if err != nil || tw.state == nil || hash != item.Hash || tw.version != has {
+		if err != nil || tw.state == nil || hash != item.Hash || latest != has {
 			want = append(want, tw.ref)
+			restore = append(restore, lost...)
 		}
 	}
 	return want, restore

@@ -52,6 +52,13 @@ func TestValuesByVersion(t *testing.T) {
 	if len(want) != 1 || len(restore) != 2 {
 		t.Errorf("want %v, restore %+v; both values are newer here", want, restore)
 	}
+	// One property said anew does not hide that another was lost.
+	q = h.dial(t, "pi", 7, digestOf(t, "a", version(7, 1), val("a", "note", `"z"`, 7, 1)))
+	if _, restore = q.agreed(); len(restore) != 2 {
+		t.Errorf("restore %+v; temp was lost", restore)
+	}
+	q = h.dial(t, "pi", 7, digestOf(t, "a", version(5, 3), old...))
+	q.agreed()
 	// Its store is new: what it says counts, whatever the numbers.
 	q.frame([]edgeapi.TwinState{state("a", 6, 1, 1)}, edgeapi.TwinValue{Device: refOf("home", "a"), Property: "temp", Value: json.RawMessage("1"), Quality: "good", Version: "00000000000000aa/1/1"})
 	h.wantLive(t, "a", "temp", "1 good")
