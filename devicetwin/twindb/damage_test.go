@@ -350,6 +350,11 @@ func TestAFullFileSystem(t *testing.T) {
 	if s := d.Stats(); s.Dirty != 1 || s.Records != 1 {
 		t.Errorf("stats %+v", s)
 	}
+	// What is there says nothing of the disk.
+	_ = d.Commit(t.Context(), devicetwin.Mut{Bucket: "override", Key: "a", Value: []byte("on")})
+	if d.Trouble() == nil {
+		t.Error("the trouble is over without a write")
+	}
 	must(t, os.Remove(filler))
 	deadline := time.Now().Add(20 * time.Second)
 	for err = d.Commit(t.Context(), big); err != nil; err = d.Commit(t.Context(), big) {

@@ -109,6 +109,7 @@ func (d *DB) number(said *ident) {
 	}
 	d.state.Epoch++
 	d.state.Seq++
+	d.ident = ident{d.state.Incarnation, d.state.Epoch}
 }
 
 // install writes the new file. The old one, if it was whole, is the good copy.
@@ -118,7 +119,7 @@ func (d *DB) install(whole bool) error {
 	if err != nil {
 		return err
 	}
-	d.wrote(n, false)
+	d.count(n, false)
 	d.unpaid = 0
 	d.state.Counts = map[string]int{}
 	for s := range d.kept {
@@ -139,7 +140,7 @@ func (d *DB) install(whole bool) error {
 		}
 	}
 	// The epoch first: used up but unused is harmless, used twice is not.
-	if err := writeIdent(path, ident{d.state.Incarnation, d.state.Epoch}); err != nil {
+	if err := writeIdent(path, d.ident); err != nil {
 		return errors.Join(err, removeIfThere(path+".new"))
 	}
 	if err := replace(path+".new", path); err != nil {

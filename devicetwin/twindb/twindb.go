@@ -69,7 +69,7 @@ type records map[slot][]byte
 type DB struct {
 	cfg    Config
 	lock   *os.File
-	state  state   // Incarnation and Epoch do not change; the rest is the writer's
+	ident  ident
 	mended *Mended // nil: it was whole
 
 	ops       chan *op
@@ -87,6 +87,8 @@ type DB struct {
 	trouble *Trouble
 
 	// The writer's own.
+	state     state // of the last commit
+	wrote     bool  // something since the disk was last judged
 	bolt      *bolt.DB
 	file      os.FileInfo
 	broken    error // why nothing may be built on the file
@@ -124,10 +126,10 @@ type Trouble struct {
 
 // Incarnation names this database: 16 hexadecimal digits, new when the records
 // could not be kept.
-func (d *DB) Incarnation() string { return d.state.Incarnation }
+func (d *DB) Incarnation() string { return d.ident.Incarnation }
 
 // Epoch is higher than at any Open before.
-func (d *DB) Epoch() uint64 { return d.state.Epoch }
+func (d *DB) Epoch() uint64 { return d.ident.Epoch }
 
 // Mended tells what was done to a damaged file at Open; nil when it was whole.
 func (d *DB) Mended() *Mended { return d.mended }

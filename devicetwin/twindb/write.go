@@ -89,8 +89,11 @@ func (d *DB) commit(ops []*op, flush bool) error {
 	if flush {
 		waited = d.encodeDirty(changes, calls)
 	}
+	d.wrote = false
 	err := d.persist(changes)
-	d.noteDisk(err)
+	if err != nil || d.wrote {
+		d.noteDisk(err)
+	}
 	if err == nil {
 		d.settle(changes, calls, waited)
 	}
@@ -212,7 +215,7 @@ func (d *DB) persist(changes records) error {
 		return err
 	}
 	d.state = next
-	d.wrote(uint64(pages)+uint64(d.bolt.Info().PageSize), true) // and the meta page
+	d.count(uint64(pages)+uint64(d.bolt.Info().PageSize), true) // and the meta page
 	return nil
 }
 
@@ -248,7 +251,8 @@ func put(tx *bolt.Tx, changes records, st state) error {
 	return b.Put([]byte(stateKey), seal(slot{stateBucket, stateKey}, st.encode()))
 }
 
-func (d *DB) wrote(n uint64, commit bool) {
+func (d *DB) count(n uint64, commit bool) {
+	d.wrote = true
 	d.unpaid += n
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -313,7 +317,7 @@ func (d *DB) remake() error {
 	if err != nil {
 		return err
 	}
-	d.wrote(n, false)
+	d.count(n, false)
 	if d.bolt != nil {
 		if err := guard(d.bolt.Close); err != nil {
 			d.cfg.Log.Debug("the old database did not close", "error", err)
@@ -368,7 +372,7 @@ func (d *DB) copyDaily() {
 	good := goodPath(d.cfg.Path)
 	n, err := writeFresh(good+".new", d.state, d.snapshot())
 	if err == nil {
-		d.wrote(n, false)
+		d.count(n, false)
 		err = replace(good+".new", good)
 	}
 	if err != nil {
