@@ -119,24 +119,33 @@ func (l *Log) rewriteAs(s, next *segment, keep func(Record) bool, name func() st
 		return errors.Join(err, removeIfThere(tmp))
 	}
 	next.path, next.size = name(), size
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.stats.Bytes += uint64(size)
-	for i, o := range l.segs {
-		if o != s {
-			continue
-		}
-		err := os.Rename(tmp, next.path)
-		if err == nil {
-			err = syncDir(l.cfg.Dir)
-		}
-		if err != nil {
-			return err
-		}
-		l.segs[i] = next
+	// Not under the lock, which those who append wait for. Until the old file is
+	// gone there are both, which Open can bear.
+	err = os.Rename(tmp, next.path)
+	if err == nil {
+		err = syncDir(l.cfg.Dir)
+	}
+	if err != nil {
+		return errors.Join(err, removeIfThere(tmp), removeIfThere(next.path))
+	}
+	if l.swap(s, next) {
 		return os.Remove(s.path)
 	}
-	return os.Remove(tmp) // it was dropped meanwhile
+	return os.Remove(next.path) // it was dropped meanwhile
+}
+
+// swap puts next in the place of s, if that is still there.
+func (l *Log) swap(s, next *segment) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.stats.Bytes += uint64(next.size)
+	for i, o := range l.segs {
+		if o == s {
+			l.segs[i] = next
+			return true
+		}
+	}
+	return false
 }
 
 func writeCompressed(s *segment, path string, keep func(Record) bool) (size int64, err error) {
