@@ -128,7 +128,7 @@ func runHub(ctx context.Context, cfg hubConfig) error {
 	}
 	e, err = edges.New(edges.Config{
 		Registry: registry, Feed: objects, Upstream: writer, Presence: told, Client: client,
-		Others: map[string]edges.Conversation{edgeapi.KindTwins: twins},
+		Others: map[string]edges.Conversation{edgeapi.KindTwins: twins, edgeapi.KindTelemetry: devices.NewTelemetry(twins, objects.Secrets())},
 		Tunnel: tunnel.Config{PingMax: cfg.PingMax, Log: cfg.Log, Memory: tunnel.NewMemory(windowMemory)}, Log: cfg.Log,
 	})
 	if err != nil {

@@ -401,12 +401,18 @@ func (d *Devices) patchAs(ctx context.Context, u user.Info, ref edgeapi.DeviceRe
 	req := d.cfg.Client.CoreV1().RESTClient().Patch(types.JSONPatchType).
 		AbsPath("/apis", v1alpha1.Group, v1alpha1.APIVersion, "namespaces", ref.Namespace, v1alpha1.Devices, ref.Name).
 		Param("fieldManager", "skerry-twins").
-		SetHeader("Impersonate-User", u.GetName()).
 		Body(body)
-	// Constrained impersonation knows the groups of service accounts and nodes
-	// by itself.
-	_, _, saErr := serviceaccount.SplitUsername(u.GetName())
-	if saErr != nil && !strings.HasPrefix(u.GetName(), "system:node:") {
+	_, _, notServiceAccount := serviceaccount.SplitUsername(u.GetName())
+	switch {
+	case slices.Contains(u.GetGroups(), user.SystemPrivilegedGroup):
+		// Nobody may be impersonated who may do everything: the hub does it, and
+		// says for whom.
+		d.log.Info("a Device is patched for an administrator", "device", key(ref), "user", u.GetName())
+	case notServiceAccount == nil, strings.HasPrefix(u.GetName(), "system:node:"):
+		// Constrained impersonation knows their groups by itself.
+		req = req.SetHeader("Impersonate-User", u.GetName())
+	default:
+		req = req.SetHeader("Impersonate-User", u.GetName())
 		if groups := slices.DeleteFunc(slices.Clone(u.GetGroups()), func(g string) bool { return g == user.AllAuthenticated }); len(groups) > 0 {
 			req = req.SetHeader("Impersonate-Group", groups...)
 		}

@@ -18,6 +18,7 @@ import (
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
@@ -261,6 +262,70 @@ func testLive(t *testing.T, plane *planetest.Plane) {
 		code, _, body = w.do("PATCH", "/v1/twins/home?labelSelector=room%3Dkitchen", edit, `{"desired":{"setpoint":null}}`)
 		if code != 200 || !strings.Contains(body, `"code":200`) || strings.Count(body, "\n") != 1 {
 			t.Errorf("bulk: %d %s", code, body)
+		}
+	})
+
+	t.Run("as a person", func(t *testing.T) {
+		// Who is no service account has groups; the API server judges by them.
+		as := func(u *user.DefaultInfo) int {
+			res := httptest.NewRecorder()
+			req := httptest.NewRequestWithContext(t.Context(), "PATCH", "/skerry/v1/twins/home/trv-1", strings.NewReader(`{"desired":{"setpoint":25}}`))
+			w.hub.Handler("/skerry", func(*http.Request) (user.Info, error) { return u, nil }, false).ServeHTTP(res, req)
+			return res.Code
+		}
+		if got := as(&user.DefaultInfo{Name: "jane", Groups: []string{"system:masters", "system:authenticated"}}); got != 200 {
+			t.Errorf("an administrator: %d", got)
+		}
+		if _, err := plane.Client.RbacV1().RoleBindings("home").Create(t.Context(), &rbacv1.RoleBinding{ObjectMeta: metav1.ObjectMeta{Name: "operators"},
+			RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: "editor"}, Subjects: []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: "Group", Name: "operators"}}}, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		planetest.Await(t, "an operator's right", func() error {
+			if got := as(&user.DefaultInfo{Name: "ann", Groups: []string{"operators", "system:authenticated"}}); got != 200 {
+				return fmt.Errorf("an operator: %d", got)
+			}
+			return nil
+		})
+		if got := as(&user.DefaultInfo{Name: "joe", Groups: []string{"system:authenticated"}}); got != 403 {
+			t.Errorf("anybody: %d", got)
+		}
+	})
+
+	t.Run("discovery", func(t *testing.T) {
+		dd := &v1alpha1.DeviceDiscovery{
+			TypeMeta: metav1.TypeMeta{APIVersion: v1alpha1.GroupAndVer, Kind: "DeviceDiscovery"}, ObjectMeta: metav1.ObjectMeta{Namespace: "home", Name: "found"},
+			Spec: v1alpha1.DeviceDiscoverySpec{Source: v1alpha1.DiscoverySource{Profile: "tasmota"}, Mode: v1alpha1.DiscoveryCreate, Template: v1alpha1.DiscoveryTemplate{ModelRef: v1alpha1.ModelRef{Name: "trv"}}},
+		}
+		w.apply(dd)
+		ref := refOf("home", "found")
+		planetest.Await(t, "the discovery at the hub", func() error {
+			w.hub.Devices.mu.Lock()
+			defer w.hub.Devices.mu.Unlock()
+			if w.hub.found[ref] == nil {
+				return errors.New("not there")
+			}
+			return nil
+		})
+		p.send(edgeapi.TwinFound{Discovery: ref, Candidates: []edgeapi.TwinCandidate{{Name: "tasmota-x-1", Params: map[string]string{"topic": "x"}, LastSeen: time.Now().UnixMilli()}}})
+		planetest.Await(t, "the Device and the discovery's status", func() error {
+			if _, err := w.hub.twinOf("home", "tasmota-x-1"); err != nil {
+				return err
+			}
+			got, err := w.admin.Resource(v1alpha1.Resource(v1alpha1.Discoveries)).Namespace("home").Get(t.Context(), "found", metav1.GetOptions{})
+			if err != nil {
+				return err
+			}
+			if n, _, _ := unstructured.NestedInt64(got.Object, "status", "found"); n != 1 {
+				return fmt.Errorf("status %v", got.Object["status"])
+			}
+			return nil
+		})
+		// It is kept out of what the other tests select.
+		if err := w.admin.Resource(v1alpha1.Resource(v1alpha1.Discoveries)).Namespace("home").Delete(t.Context(), "found", metav1.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.admin.Resource(v1alpha1.Resource(v1alpha1.Devices)).Namespace("home").Delete(t.Context(), "tasmota-x-1", metav1.DeleteOptions{}); err != nil {
+			t.Fatal(err)
 		}
 	})
 
