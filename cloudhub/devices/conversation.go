@@ -177,6 +177,7 @@ func (d *Devices) begin(s *session) {
 	}
 	now := time.Now()
 	n.session, n.since, n.away = s, now, false
+	n.life = v1alpha1.Version{Incarnation: s.hello.Incarnation, Epoch: s.hello.Epoch}
 	for _, tw := range n.twins {
 		if tw.told.nodeAway != connected {
 			d.status.transition(tw.ref, now)

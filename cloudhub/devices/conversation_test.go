@@ -52,6 +52,8 @@ func TestValuesByVersion(t *testing.T) {
 	if len(want) != 1 || len(restore) != 2 {
 		t.Errorf("want %v, restore %+v; both values are newer here", want, restore)
 	}
+	h.wantLive(t, "a", "temp", "21 stale") // it may have changed meanwhile
+
 	// One property said anew does not hide that another was lost.
 	q = h.dial(t, "pi", 7, digestOf(t, "a", version(7, 1), val("a", "note", `"z"`, 7, 1)))
 	if _, restore = q.agreed(); len(restore) != 2 {

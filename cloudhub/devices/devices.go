@@ -71,6 +71,18 @@ type node struct {
 	twins   map[edgeapi.DeviceRef]*twin
 	bytes   int  // of live values
 	away    bool // for long enough to be told
+
+	// life is what the node's present start says of itself, without a Seq.
+	life v1alpha1.Version
+}
+
+// quality is what a live value is worth: what an earlier start of the node said
+// may have changed while it was down.
+func (n *node) quality(r *reading) string {
+	if n != nil && r.quality != v1alpha1.QualityBad && r.version.Incarnation == n.life.Incarnation && r.version.Epoch < n.life.Epoch {
+		return v1alpha1.QualityStale
+	}
+	return r.quality
 }
 
 // New checks cfg; it starts nothing.

@@ -91,7 +91,7 @@ func (d *Devices) twinLocked(tw *twin) *Twin {
 	}
 	d.lastKnownLocked(tw, out, of)
 	for name, r := range tw.values {
-		rep := &TwinReported{Value: r.value, TS: milli(r.ts), Received: milli(r.rx), Quality: r.quality, Version: r.version.String(), Message: r.message}
+		rep := &TwinReported{Value: r.value, TS: milli(r.ts), Received: milli(r.rx), Quality: d.nodes[dev.Spec.NodeName].quality(r), Version: r.version.String(), Message: r.message}
 		if r.ts == 0 {
 			rep.TS = rep.Received
 		}

@@ -90,7 +90,7 @@ func (d *Devices) samples() (shown []sample, hidden int) {
 		}
 		for name, r := range tw.values {
 			p := m.properties[name]
-			if p == nil || !p.Metric || r.quality != v1alpha1.QualityGood && r.quality != v1alpha1.QualityUncertain {
+			if p == nil || !p.Metric || n.quality(r) != v1alpha1.QualityGood && n.quality(r) != v1alpha1.QualityUncertain {
 				continue
 			}
 			v, ok := number(p.Type, r.value)

@@ -312,7 +312,7 @@ func (d *Devices) properties(tw *twin, m *model) []v1alpha1.PropertyStatus {
 		r := tw.values[name]
 		p := v1alpha1.PropertyStatus{Name: name}
 		if r != nil {
-			p.Quality, p.Message = r.quality, r.message
+			p.Quality, p.Message = d.nodes[tw.device.Spec.NodeName].quality(r), r.message
 			ts := r.ts
 			if ts == 0 {
 				ts = r.rx
