@@ -37,6 +37,9 @@ type BridgeConfig struct {
 	NoNotifications   bool
 	NotificationTopic string
 	NotificationsHere bool
+	// Reserved says which topics of this side the other must not write to; nil:
+	// none.
+	Reserved func(topic string) bool
 	// Lazy connects when Threshold messages (zero means 10) wait to go out, and
 	// not before, until none has gone either way for IdleTimeout (zero means
 	// 60s).
@@ -71,6 +74,7 @@ type BridgeConfig struct {
 type Bridge struct {
 	cfg    BridgeConfig
 	log    *slog.Logger
+	often  *sampled // what the brokers can make happen often
 	remote *External
 	topic  string // of notifications
 	counts bridgeCounters
@@ -143,6 +147,7 @@ func NewBridge(cfg BridgeConfig) (*Bridge, error) {
 	if err := CheckTopic(b.topic); err != nil {
 		return fail(err)
 	}
+	b.often = newSampled(b.log, time.Minute)
 
 	remote := cfg.Remote
 	if remote.ClientID == "" {
@@ -326,6 +331,11 @@ func (b *Bridge) carryIn(ctx context.Context, i int, m Message) error {
 		return nil
 	case m.Retain && b.out.knowsBetter(m):
 		b.counts.stale.Add(1)
+		return nil
+	}
+	if b.cfg.Reserved != nil && b.cfg.Reserved(topic) {
+		b.counts.dropped.Add(1)
+		b.often.Warn("what the other side says to a reserved topic is not carried", "topic", topic)
 		return nil
 	}
 	b.out.remember(m)

@@ -303,6 +303,34 @@ func (s *BridgeSpec) complete() error {
 	return nil
 }
 
+// Carries says whether messages go in a direction, out or in.
+func (s BridgeSpec) Carries(direction string) bool {
+	for _, t := range s.Topics {
+		if t.Direction == direction || t.Direction == BridgeBoth {
+			return true
+		}
+	}
+	return false
+}
+
+// Config is the bridge on a node, but for its local broker and its queues.
+func (s BridgeSpec) Config(node string) BridgeConfig {
+	remote := ExternalConfig{
+		URL: s.URL, ClientID: s.ClientID, Username: s.Username, Password: s.Password,
+		CAFile: s.CAFile, CertFile: s.CertFile, KeyFile: s.KeyFile,
+		CleanSession: s.CleanSession, KeepAlive: s.KeepAlive,
+		MinBackoff: s.MinRestart, MaxBackoff: s.MaxRestart, Window: s.MaxInFlight,
+	}
+	if remote.ClientID == "" {
+		remote.ClientID, remote.Node = s.Name, node
+	}
+	return BridgeConfig{
+		Name: s.Name, Topics: s.Topics, Remote: remote, NoPrivate: s.NoPrivate, LocalCleanSession: s.LocalCleanSession,
+		NoNotifications: s.NoNotifications, NotificationTopic: s.NotificationTopic, NotificationsHere: s.NotificationsHere,
+		Lazy: s.Lazy, IdleTimeout: s.IdleTimeout, Threshold: s.Threshold,
+	}
+}
+
 // bridgeAddress makes a URL of host[:port].
 func bridgeAddress(value string) (string, error) {
 	host, port, err := net.SplitHostPort(value)

@@ -368,7 +368,7 @@ func (p *pump) carry(ctx context.Context) {
 				continue
 			}
 			if err := p.queue.Ack(f.id); err != nil {
-				p.b.log.Warn("a queue cannot note what was carried", "error", err)
+				p.b.often.Warn("a queue cannot note what was carried", "error", err)
 			}
 			acked = append(acked, f.id)
 			p.settled(f.m.Topic)
@@ -389,7 +389,7 @@ func (p *pump) carry(ctx context.Context) {
 			}
 			m, err := parseRecord(record)
 			if err != nil {
-				p.b.log.Warn("a record of the queue cannot be read and is dropped", "error", err)
+				p.b.often.Warn("a record of the queue cannot be read and is dropped", "error", err)
 				m = Message{}
 			}
 			f = flight{id: id, m: m}
@@ -424,7 +424,7 @@ func (p *pump) hopeless(err error, m Message) bool {
 		return true
 	}
 	p.b.counts.dropped.Add(1)
-	p.b.log.Warn("a message cannot be carried", "topic", m.Topic, "error", err)
+	p.b.often.Warn("a message cannot be carried", "topic", m.Topic, "error", err)
 	return true
 }
 

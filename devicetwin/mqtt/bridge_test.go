@@ -331,13 +331,13 @@ func TestBridgeLazy(t *testing.T) {
 // TestBridgeToOldBroker: one that refuses what it takes for an unknown version
 // gets an ordinary connection.
 func TestBridgeToOldBroker(t *testing.T) {
-	for _, code := range []byte{1, 255} { // refuses, cuts
+	for _, code := range []byte{1, 0x84, 255} { // refuses, in MQTT 5's words, cuts
 		there := startFakeBroker(t)
 		there.refuseBridge = code
 		here := startMosquitto(t)
 		local := runExternal(t, ExternalConfig{URL: here.url(), ClientID: "local"}, nil)
 		b := runBridge(t, local, there.url(), BridgeConfig{NoNotifications: true, Topics: topics(t, `topic a/# both 1 "" ""`)})
-		connected(t, b.remote)
+		subscribed(t, b.remote)
 		if b.remote.private() {
 			t.Error("taken for a bridge")
 		}

@@ -174,6 +174,10 @@ func (c *packetConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// errStrange: to a version that it does not know, a broker of MQTT 5 says 0x84
+// (unsupported protocol version) or 0x82 (protocol error).
+var errStrange = errors.New("the MQTT broker refuses this client")
+
 // Kinds of packets, as in the first byte.
 const (
 	kindConnack = 2
@@ -203,6 +207,16 @@ func (c *packetConn) next() error {
 	case kind == kindSuback:
 		if most := 2 + int(c.suback.Load()); length > most {
 			return fmt.Errorf("a SUBACK of %d bytes where %d are the most", length, most)
+		}
+	case kind == kindConnack && length == 2:
+		answer, err := c.in.Peek(2)
+		if err != nil {
+			return err
+		}
+		// One that MQTT 3.1.1 does not have, as a broker of MQTT 5 may say, the
+		// client library takes for a success on a connection that it closes.
+		if code := answer[1]; code > 5 {
+			return fmt.Errorf("%w with code %#x", errStrange, code)
 		}
 	case length > 4:
 		return fmt.Errorf("an MQTT packet of kind %d with %d bytes", kind, length)

@@ -149,7 +149,7 @@ func (l *link) connect(ctx context.Context) error {
 	if err == nil {
 		return nil
 	}
-	if l.private && token.ReturnCode() == packets.ErrRefusedBadProtocolVersion {
+	if l.private && (token.ReturnCode() == packets.ErrRefusedBadProtocolVersion || errors.Is(err, errStrange)) {
 		l.e.plain = plainAlways
 	} else if l.private && errors.Is(err, io.EOF) {
 		l.e.plain = plainNext

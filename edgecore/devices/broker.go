@@ -57,11 +57,17 @@ func (r *running) embedded() (mqtt.Broker, error) {
 }
 
 func (r *running) external(url string) (mqtt.Broker, error) {
+	cfg := r.externalConfig(url)
+	cfg.Capture, cfg.OnState = r.capture, r.brokerChanged
+	return mqtt.NewExternal(cfg)
+}
+
+func (r *running) externalConfig(url string) mqtt.ExternalConfig {
 	cfg := r.part.cfg.MQTT
-	return mqtt.NewExternal(mqtt.ExternalConfig{
+	return mqtt.ExternalConfig{
 		URL: url, ClientID: cfg.ClientID, Node: r.part.cfg.NodeName, Username: cfg.Username, PasswordFile: cfg.PasswordFile,
-		CAFile: cfg.CA, CertFile: cfg.Cert, KeyFile: cfg.Key, Capture: r.capture, OnState: r.brokerChanged, Log: r.log,
-	})
+		CAFile: cfg.CA, CertFile: cfg.Cert, KeyFile: cfg.Key, Log: r.log,
+	}
 }
 
 // brokerChanged is told by an external broker's client: while there is no

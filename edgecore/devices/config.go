@@ -79,6 +79,11 @@ type MQTT struct {
 	CA           string `json:"ca,omitempty"` // default: the system's
 	Cert         string `json:"cert,omitempty"`
 	Key          string `json:"key,omitempty"`
+
+	// BridgesFile has bridges to other brokers, as mosquitto's configuration
+	// has them: connection and what follows it. With a password in it, mode
+	// 0600.
+	BridgesFile string `json:"bridgesFile,omitempty"`
 }
 
 // MQTTTLS is a TLS listener. With ClientCA, clients need a certificate of it.
@@ -124,7 +129,7 @@ const defaultListen = "127.0.0.1:1883"
 
 // named tells whether the configuration asks for a broker, devices or not.
 func (m MQTT) named() bool {
-	return m.Mode != ModeAuto || m.URL != "" || m.Listen != defaultListen || m.TLS.Listen != ""
+	return m.Mode != ModeAuto || m.URL != "" || m.Listen != defaultListen || m.TLS.Listen != "" || m.BridgesFile != ""
 }
 
 // Check is of completed ones.

@@ -316,6 +316,7 @@ type Status struct {
 	Unreadable  map[string]string       `json:"unreadable,omitempty"`
 	MQTT        *mqtt.State             `json:"mqtt,omitempty"`
 	MQTTReason  string                  `json:"mqttReason,omitempty"` // why that broker
+	Bridges     []BridgeStatus          `json:"bridges,omitempty"`
 	Telemetry   []telemetry.RouteStatus `json:"telemetry,omitempty"`
 	Written     uint64                  `json:"writtenBytes,omitempty"`
 	DiskTrouble string                  `json:"diskTrouble,omitempty"`

@@ -26,15 +26,16 @@ type running struct {
 	part *Part
 	ctx  context.Context // of the run
 
-	db     *twindb.DB
-	twins  *devicetwin.Twins
-	gate   *gate
-	broker mqtt.Broker
-	choice mqtt.Choice
-	driver *profile.Driver
-	routes *telemetry.Router
-	topics *topics
-	events *recorder
+	db      *twindb.DB
+	twins   *devicetwin.Twins
+	gate    *gate
+	broker  mqtt.Broker
+	choice  mqtt.Choice
+	driver  *profile.Driver
+	routes  *telemetry.Router
+	topics  *topics
+	events  *recorder
+	bridges bridges
 
 	connected atomic.Bool   // to an external broker
 	routed    chan struct{} // takes one: the routes have changed
@@ -98,8 +99,10 @@ func (r *running) wire(ctx context.Context) error {
 		return err
 	}
 	r.twins.Use(r.driver)
-	r.topics, err = newTopics(r.broker, r.twins, who, r.log)
-	return err
+	if r.topics, err = newTopics(r.broker, r.twins, who, r.log); err != nil {
+		return err
+	}
+	return r.openBridges()
 }
 
 // start starts everything in g; it ends with ctx.
@@ -119,10 +122,11 @@ func (r *running) start(ctx context.Context, g *errgroup.Group) {
 	g.Go(func() error { return r.routes.Run(ctx) })
 	g.Go(func() error { return r.listen(ctx) })
 	g.Go(func() error { return r.topics.run(ctx) })
+	r.bridges.start(ctx, g)
 }
 
 // close is called once all has ended.
-func (r *running) close() error { return r.db.Close() }
+func (r *running) close() error { return errors.Join(r.bridges.close(), r.db.Close()) }
 
 // apply tells everyone what there is.
 func (r *running) apply(s set) {
@@ -258,6 +262,7 @@ func (r *running) status(st *Status) {
 	st.Telemetry = r.routes.Status()
 	b := r.broker.State()
 	st.MQTT, st.MQTTReason = &b, r.choice.Reason
+	st.Bridges = r.bridges.status()
 	st.Written = r.db.Stats().Bytes
 	if t := r.db.Trouble(); t != nil {
 		st.DiskTrouble = t.Error
