@@ -25,7 +25,7 @@ import (
 // newExposition returns the hub's /metrics, for those whom the cluster lets
 // read it: a bearer token that TokenReview knows and whose user may get the
 // non-resource URL /metrics.
-func newExposition(client kubernetes.Interface, c hubCollector, twins *devices.Devices, log *slog.Logger) (http.Handler, error) {
+func newExposition(client kubernetes.Interface, c hubCollector, twins *devices.Devices, telemetry *devices.Telemetry, log *slog.Logger) (http.Handler, error) {
 	reg, err := metrics.New(metrics.Config{Program: "cloudhub", Version: version, Log: log})
 	if err != nil {
 		return nil, err
@@ -33,8 +33,10 @@ func newExposition(client kubernetes.Interface, c hubCollector, twins *devices.D
 	if err := reg.Register(c); err != nil {
 		return nil, fmt.Errorf("register the hub's metrics: %w", err)
 	}
-	if err := reg.Register(twins); err != nil {
-		return nil, fmt.Errorf("register the devices' metrics: %w", err)
+	for _, c := range []prometheus.Collector{twins, telemetry} {
+		if err := reg.Register(c); err != nil {
+			return nil, fmt.Errorf("register the devices' metrics: %w", err)
+		}
 	}
 	return reg.Handler(func(r *http.Request) error { return mayReadMetrics(r, client) }), nil
 }

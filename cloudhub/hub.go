@@ -126,9 +126,10 @@ func runHub(ctx context.Context, cfg hubConfig) error {
 	if err != nil {
 		return err
 	}
+	telemetry := devices.NewTelemetry(twins, objects.Secrets())
 	e, err = edges.New(edges.Config{
 		Registry: registry, Feed: objects, Upstream: writer, Presence: told, Client: client,
-		Others: map[string]edges.Conversation{edgeapi.KindTwins: twins, edgeapi.KindTelemetry: devices.NewTelemetry(twins, objects.Secrets())},
+		Others: map[string]edges.Conversation{edgeapi.KindTwins: twins, edgeapi.KindTelemetry: telemetry},
 		Tunnel: tunnel.Config{PingMax: cfg.PingMax, Log: cfg.Log, Memory: tunnel.NewMemory(windowMemory)}, Log: cfg.Log,
 	})
 	if err != nil {
@@ -142,7 +143,7 @@ func runHub(ctx context.Context, cfg hubConfig) error {
 	if err != nil {
 		return err
 	}
-	exposition, err := newExposition(client, hubCollector{e, objects, writer, keeper, told}, twins, cfg.Log)
+	exposition, err := newExposition(client, hubCollector{e, objects, writer, keeper, told}, twins, telemetry, cfg.Log)
 	if err != nil {
 		return err
 	}

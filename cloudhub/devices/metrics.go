@@ -123,3 +123,23 @@ func number(kind string, raw []byte) (float64, bool) {
 	}
 	return 0, false
 }
+
+var (
+	descBatches   = desc("telemetry_batches_total", "Batches of telemetry taken from nodes.")
+	descRecords   = desc("telemetry_records_total", "Records of them that their ends took.")
+	descNoRecords = desc("telemetry_refused_records_total", "Records that their ends refused for good.")
+	descNotTaken  = desc("telemetry_failed_batches_total", "Batches that were not taken, and come again.")
+)
+
+// Describe tells of the counters.
+func (t *Telemetry) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(t, ch) }
+
+// Collect gives the counters.
+func (t *Telemetry) Collect(ch chan<- prometheus.Metric) {
+	s := t.Stats()
+	for desc, v := range map[*prometheus.Desc]uint64{
+		descBatches: s.Batches, descRecords: s.Records, descNoRecords: s.Refused, descNotTaken: s.Failed,
+	} {
+		ch <- prometheus.MustNewConstMetric(desc, prometheus.CounterValue, float64(v))
+	}
+}

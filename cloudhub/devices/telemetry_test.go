@@ -11,6 +11,8 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/tools/cache"
@@ -93,6 +95,13 @@ func TestTelemetry(t *testing.T) {
 	try("again", "home", 1, a, 200)
 	if s := telemetry.Stats(); s.Records != 4 || s.Refused != 2 || s.Batches != 9 {
 		t.Errorf("%+v", s)
+	}
+	reg := prometheus.NewPedanticRegistry()
+	if err := reg.Register(telemetry); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := testutil.GatherAndCount(reg); err != nil || n != 4 {
+		t.Errorf("%d metrics, %v", n, err)
 	}
 	mine.Close()
 	if err := <-done; err != nil {
