@@ -29,7 +29,8 @@ type EmbeddedConfig struct {
 	Capture func(Message) error
 	// CaptureAll, if not nil, is called in place of Capture, with messages that
 	// came together from one client, in their order: one wait for the disk is
-	// then for all of them. Its error refuses them all.
+	// then for all of them. At its error Capture, if not nil, is asked for each;
+	// else it refuses them all.
 	CaptureAll func([]Message) error
 	// Auth says who a client is; nil: Anonymous, which is for loopback alone.
 	Auth Authenticator
@@ -116,9 +117,9 @@ func (l Limits) withDefaults() Limits {
 //     Who subscribes to what it publishes itself is not held up by itself; its
 //     queue may grow to four times the limit.
 //   - A session whose client is away is kept in RAM, at most
-//     Limits.SessionExpiry, and ended once its queue is full. It does not
-//     outlive the process. It bridges a reconnect; it is no store: who must not
-//     miss a value reads the twin.
+//     Limits.SessionExpiry, and ended once its queue is full and it has been
+//     away for Limits.Stall. It does not outlive the process. It bridges a
+//     reconnect; it is no store: who must not miss a value reads the twin.
 //   - A client of a name that is taken is let in after the old one has gone and
 //     its will is published; only the same principal can take a name over.
 //   - Where a message is refused, MQTT 5 is told so in the acknowledgement

@@ -244,7 +244,7 @@ func (c *conn) detach() {
 	s.mu.Lock()
 	s.conn = nil
 	s.expiry = c.expiry
-	s.expires = now.Add(s.expiry)
+	s.left, s.expires = now, now.Add(s.expiry)
 	end := s.expiry <= 0 && !s.ended
 	ended := s.ended
 	if delay := min(c.willDelay, s.expiry); will != nil && delay > 0 && !ended {
@@ -308,6 +308,7 @@ func (b *Embedded) sendWill(w *stored) {
 		m.expires = m.Received.Add(m.Expiry)
 	}
 	if err := b.capture([]unanswered{{m: &m}}); err != nil {
+		b.stats.captureFailed.Add(1)
 		b.slow.Warn("a will could not be captured", "topic", m.Topic, "client", m.From, "error", err)
 	}
 	if err := b.take(nil, &m); err != nil {

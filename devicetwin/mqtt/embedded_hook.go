@@ -352,7 +352,14 @@ func (c *conn) settle() error {
 		return nil
 	}
 	err := c.b.capture(c.arrived)
+	singly := err != nil && c.b.cfg.CaptureAll != nil && c.b.cfg.Capture != nil
 	for _, a := range c.arrived {
+		if singly && a.reason == 0 {
+			err = c.b.cfg.Capture(a.m.Message)
+		}
+		if err != nil && a.reason == 0 {
+			c.b.stats.captureFailed.Add(1)
+		}
 		if err := c.answer(a, err); err != nil {
 			c.arrived = nil // the connection ends without an answer to them
 			return err
@@ -383,7 +390,6 @@ func (b *Embedded) capture(arrived []unanswered) error {
 		err = b.cfg.Capture(ms[0]) // settle is called for each
 	}
 	if err != nil {
-		b.stats.captureFailed.Add(uint64(len(ms)))
 		return fmt.Errorf("capture: %w", err)
 	}
 	return nil

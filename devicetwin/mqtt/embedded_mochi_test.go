@@ -251,7 +251,7 @@ func TestMochiStalledSubscriber(t *testing.T) {
 
 // Who is away and gets more than is kept loses its session, and CONNACK says so.
 func TestMochiAwayTooLong(t *testing.T) {
-	b := startEmbedded(t, EmbeddedConfig{Limits: Limits{QueueMessages: 50}})
+	b := startEmbedded(t, EmbeddedConfig{Limits: Limits{QueueMessages: 50, Stall: 200 * time.Millisecond}})
 	sub := dialWire(t, b.addr(), connectAs("sub", 4, false))
 	sub.subscribe(packets.Subscription{Filter: "s", Qos: 1})
 	sub.net.Close()

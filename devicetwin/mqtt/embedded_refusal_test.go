@@ -80,6 +80,42 @@ func testCapture(t *testing.T, cfg EmbeddedConfig, full *atomic.Bool, captured *
 	}
 }
 
+// One of many that cannot be captured is refused alone.
+func TestEmbeddedCaptureSingly(t *testing.T) {
+	refuse := errors.New("no")
+	b := startEmbedded(t, EmbeddedConfig{
+		CaptureAll: func(ms []Message) error {
+			for _, m := range ms {
+				if string(m.Payload) == "bad" {
+					return refuse
+				}
+			}
+			return nil
+		},
+		Capture: func(m Message) error {
+			if string(m.Payload) == "bad" {
+				return refuse
+			}
+			return nil
+		}})
+	c := dialWire(t, b.addr(), connectAs("c", 5, true))
+	var buf bytes.Buffer
+	for i := range 20 {
+		pk := publishOf("a", map[bool]string{true: "bad", false: "good"}[i == 7], 1, uint16(i+1))
+		pk.ProtocolVersion = 5
+		pk.PublishEncode(&buf)
+	}
+	c.net.Write(buf.Bytes())
+	for i := range 20 {
+		if pk := c.want(packets.Puback); (pk.ReasonCode != 0) != (i == 7) {
+			t.Errorf("PUBACK of message %d: %#x", i, pk.ReasonCode)
+		}
+	}
+	if n := b.Stats().CaptureFailed; n != 1 {
+		t.Errorf("%d were not captured", n)
+	}
+}
+
 // What comes together is captured together, is answered in its order, and holds
 // up nothing.
 func TestEmbeddedCaptureTogether(t *testing.T) {

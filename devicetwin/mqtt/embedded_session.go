@@ -28,6 +28,7 @@ type session struct {
 	room     chan struct{} // closed when there is room again; nil: nobody waits
 	expiry   time.Duration // once away
 	expires  time.Time     // while away
+	left     time.Time     // when it went away
 	will     *stored       // while away: to be sent at willAt
 	willAt   time.Time
 }
@@ -109,12 +110,12 @@ func (s *session) put(o *outgoing, from *conn) (room <-chan struct{}) {
 		}
 		return nil
 	case !full:
-	case away:
-		// It cannot be waited for.
+	case away && time.Since(s.left) >= s.b.limit.Stall:
+		// It is not waited for any more.
 		s.mu.Unlock()
 		s.b.endSlow(s)
 		return nil
-	case from == nil || s.conn == from || s.conn.blocked.Load():
+	case from == nil || !away && (s.conn == from || s.conn.blocked.Load()):
 		// Waiting could be for ever: its acknowledgements are read by who waits.
 		if s.queue.len() >= 4*s.b.limit.QueueMessages || s.queue.bytes >= 4*s.b.limit.QueueBytes {
 			s.mu.Unlock()

@@ -31,8 +31,45 @@ const (
 // returns when the message is on the disk, with an error when it is not and
 // must not be acknowledged. Many callers share one sync.
 func (r *Router) Capture(m mqtt.Message) error {
+	return r.CaptureAll([]mqtt.Message{m})
+}
+
+// CaptureAll is Capture for messages that came together: they keep their order,
+// and wait for the disk once. An error is of all of them, though some may be on
+// the disk: they are sent again.
+func (r *Router) CaptureAll(ms []mqtt.Message) error {
+	var order []*seglog.Log
+	recs := map[*seglog.Log][]seglog.Record{}
+	for _, m := range ms {
+		rec, logs, err := r.place(m)
+		if err != nil {
+			return err
+		}
+		for _, l := range logs {
+			if recs[l] == nil {
+				order = append(order, l)
+			}
+			recs[l] = append(recs[l], rec)
+		}
+	}
+	switch len(order) {
+	case 0:
+		return nil
+	case 1:
+		return order[0].Append(context.Background(), recs[order[0]]...)
+	}
+	var all errgroup.Group
+	for _, l := range order {
+		all.Go(func() error { return l.Append(context.Background(), recs[l]...) })
+	}
+	return all.Wait()
+}
+
+// place offers m to the routes that do not wait, and says which logs must have
+// it before it is acknowledged.
+func (r *Router) place(m mqtt.Message) (rec seglog.Record, logs []*seglog.Log, err error) {
 	if m.Retain && m.From == "" {
-		return nil // an external broker had kept it: said once, perhaps long ago, and told at each connect
+		return rec, nil, nil // an external broker had kept it: said once, perhaps long ago, and told at each connect
 	}
 	t := r.table.Load()
 	var routes []*route
@@ -46,17 +83,16 @@ func (r *Router) Capture(m mqtt.Message) error {
 		t.captured.match(m.Topic, func(sync bool) { device, wanted = true, wanted || sync })
 	}
 	if len(routes) == 0 && !wanted {
-		return nil
+		return rec, nil, nil
 	}
 	if m.Received.IsZero() {
 		m.Received, _ = r.cfg.Now()
 	}
-	rec := encodeMessage(m)
-	var logs []*seglog.Log
+	rec = encodeMessage(m)
 	for _, rt := range routes {
 		switch {
 		case rt.sync() && rt.log == nil:
-			return fmt.Errorf("telemetry route %s: %w", rt.key, rt.err)
+			return rec, nil, fmt.Errorf("telemetry route %s: %w", rt.key, rt.err)
 		case rt.sync():
 			logs = append(logs, rt.log)
 			wanted = wanted || device
@@ -67,17 +103,7 @@ func (r *Router) Capture(m mqtt.Message) error {
 	if wanted {
 		logs = append(logs, r.replay.log)
 	}
-	switch len(logs) {
-	case 0:
-		return nil
-	case 1:
-		return logs[0].Append(context.Background(), rec)
-	}
-	var all errgroup.Group
-	for _, l := range logs {
-		all.Go(func() error { return l.Append(context.Background(), rec) })
-	}
-	return all.Wait()
+	return rec, logs, nil
 }
 
 // replay is the log of captured messages of devices.

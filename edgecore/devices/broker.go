@@ -51,7 +51,7 @@ func (r *running) embedded() (mqtt.Broker, error) {
 		who = append(who, mqtt.Anonymous{})
 	}
 	return mqtt.NewEmbedded(mqtt.EmbeddedConfig{
-		Listeners: listeners, Capture: r.capture, Auth: who, ACL: r.gate,
+		Listeners: listeners, Capture: r.capture, CaptureAll: r.captureAll, Auth: who, ACL: r.gate,
 		Retained: ownRetained{r.db}, Sessions: r.gate.session, Log: r.log,
 	})
 }

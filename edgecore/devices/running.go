@@ -227,6 +227,19 @@ func (r *running) capture(m mqtt.Message) error {
 	return r.routes.Capture(m)
 }
 
+// errSingly has the broker ask for each of several messages.
+var errSingly = errors.New("some of these messages are captured one by one")
+
+// captureAll is capture for what came together.
+func (r *running) captureAll(ms []mqtt.Message) error {
+	for _, m := range ms {
+		if strings.HasPrefix(m.Topic, topicRoot) {
+			return errSingly
+		}
+	}
+	return r.routes.CaptureAll(ms)
+}
+
 // routeOf is the route that a topic of the API names.
 func routeOf(topic string) (devicetwin.Key, bool) {
 	rest, ok := strings.CutPrefix(topic, telemetryTopics)
