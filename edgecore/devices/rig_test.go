@@ -69,16 +69,16 @@ type rig struct {
 	t      *testing.T
 	dir    string
 	store  *store.Store
-	broker string // address
+	broker string          // address
+	first  []metav1.Object // in the store before the part starts: it listens before devices speak
 	stop   func()
 }
 
 func newRig(t *testing.T, objects ...metav1.Object) *rig {
 	t.Helper()
-	r := &rig{t: t, dir: t.TempDir(), broker: freePort(t)}
+	r := &rig{t: t, dir: t.TempDir(), broker: freePort(t), first: objects}
 	r.start()
 	t.Cleanup(func() { r.stop() })
-	r.apply(objects...)
 	return r
 }
 
@@ -99,6 +99,7 @@ func (r *rig) start(change ...func(*Config)) {
 	if r.store, err = store.Open(store.Config{Path: filepath.Join(r.dir, "edge.db")}); err != nil {
 		r.t.Fatal(err)
 	}
+	r.apply(r.first...)
 	cfg := r.config()
 	for _, c := range change {
 		c(&cfg)
