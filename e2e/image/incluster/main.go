@@ -38,7 +38,7 @@ func main() {
 }
 
 // run does one thing: host | informer NAMESPACE | list pods|secrets NAMESPACE |
-// create NAMESPACE.
+// create NAMESPACE | request METHOD PATH [BODY] | token.
 func run(ctx context.Context, verb string, args []string) error {
 	config, err := rest.InClusterConfig()
 	if err != nil {
@@ -49,6 +49,19 @@ func run(ctx context.Context, verb string, args []string) error {
 		return err
 	}
 	switch {
+	case verb == "token":
+		token, err := os.ReadFile(config.BearerTokenFile)
+		fmt.Print(string(token))
+		return err
+	case verb == "request" && (len(args) == 2 || len(args) == 3):
+		// Of no API group: by the address and the token alone.
+		req := client.CoreV1().RESTClient().Verb(args[0]).AbsPath(args[1])
+		if len(args) == 3 {
+			req = req.Body([]byte(args[2])).SetHeader("Content-Type", "application/json")
+		}
+		raw, err := req.Do(ctx).Raw()
+		fmt.Print(string(raw))
+		return err
 	case verb == "host":
 		fmt.Println(config.Host)
 		return nil
