@@ -102,6 +102,9 @@ func decodeDevices(into func() metav1.Object, log *slog.Logger) cache.TransformF
 		case *v1alpha1.TelemetryRoute:
 			o.TypeMeta = metav1.TypeMeta{}
 		}
+		if d, ok := out.(*v1alpha1.Device); ok {
+			noteDesiredTimes(d)
+		}
 		out.SetManagedFields(nil)
 		if a := out.GetAnnotations(); a[lastApplied] != "" {
 			delete(a, lastApplied)
@@ -109,6 +112,21 @@ func decodeDevices(into func() metav1.Object, log *slog.Logger) cache.TransformF
 		}
 		return out, nil
 	}
+}
+
+// noteDesiredTimes keeps of the managed fields what settles the authority lww.
+// A write of the status alone does not change it.
+func noteDesiredTimes(d *v1alpha1.Device) {
+	delete(d.Annotations, v1alpha1.AnnotationDesiredTimes) // nobody else's word
+	times := v1alpha1.DesiredTimes(d.ManagedFields)
+	if len(times) == 0 {
+		return
+	}
+	b, err := json.Marshal(times)
+	if err != nil {
+		return // a year beyond 9999; the time of arrival counts then
+	}
+	metav1.SetMetaDataAnnotation(&d.ObjectMeta, v1alpha1.AnnotationDesiredTimes, string(b))
 }
 
 func decodeObject(from map[string]any, to any) error {

@@ -208,3 +208,32 @@ func TestUndecodableDevice(t *testing.T) {
 	e.sync()
 	e.wantNames("devicemodels/plug", "devices/odd-status", "devices/plug-1")
 }
+
+// TestDesiredTimesGoDown: the authority lww goes by when a value was set, which
+// only the API server knows.
+func TestDesiredTimesGoDown(t *testing.T) {
+	timed := strings.Replace(plug, "metadata: {", `metadata: {managedFields: [
+		{manager: kubectl, operation: Update, time: "2026-11-20T08:00:00Z", fieldsType: FieldsV1, fieldsV1: {"f:spec": {"f:desired": {"f:relay": {}}}}},
+		{manager: hub, operation: Update, subresource: status, time: "2026-11-21T08:00:00Z", fieldsV1: {"f:status": {"f:phase": {}}}}], `, 1)
+	_, f := startDevices(t, []any{labelled("pi-1", "home")}, plugModel, timed)
+	e := connect(t, f, "pi-1", nil)
+	for {
+		d := e.delta()
+		for _, u := range d.Upserts {
+			if u.Resource != v1alpha1.Devices {
+				continue
+			}
+			var got v1alpha1.Device
+			if err := json.Unmarshal(u.Body, &got); err != nil {
+				t.Fatal(err)
+			}
+			if a := got.Annotations[v1alpha1.AnnotationDesiredTimes]; a != `{"relay":"2026-11-20T08:00:00Z"}` || len(got.ManagedFields) > 0 {
+				t.Errorf("annotation %s, managed fields %v", a, got.ManagedFields)
+			}
+			return
+		}
+		if d.Synced {
+			t.Fatal("no Device came")
+		}
+	}
+}
