@@ -68,6 +68,7 @@ type topics struct {
 	wait     sync.WaitGroup // for commands
 	seed     maphash.Seed
 	lanes    [askers]chan ask
+	refusals chan refusal
 }
 
 // ask is a request that came by MQTT.
@@ -81,7 +82,7 @@ type ask struct {
 
 // newTopics subscribes: nothing that is asked comes before that.
 func newTopics(b mqtt.Broker, t twins, who func(string) string, log *slog.Logger) (*topics, error) {
-	x := &topics{broker: b, twins: t, who: who, log: log, seed: maphash.MakeSeed(), statuses: make(chan status, statusesKept), commands: make(chan struct{}, commandsAtOnce)}
+	x := &topics{broker: b, twins: t, who: who, log: log, seed: maphash.MakeSeed(), statuses: make(chan status, statusesKept), commands: make(chan struct{}, commandsAtOnce), refusals: make(chan refusal, asksPerLane)}
 	for i := range x.lanes {
 		x.lanes[i] = make(chan ask, asksPerLane)
 	}
@@ -109,6 +110,7 @@ func (t *topics) run(ctx context.Context) error {
 	}
 	g.Go(func() error { return t.tell(ctx) })
 	g.Go(func() error { return t.tellStatuses(ctx) })
+	g.Go(func() error { return t.tellRefusals(ctx) })
 	return g.Wait()
 }
 
@@ -124,17 +126,47 @@ func (t *topics) take(m mqtt.Message) error {
 		a.by = t.who(m.From)
 	}
 	if m.Retain {
-		// Also for one that an external broker has kept: it goes.
-		t.publish(context.Background(), mqtt.Message{Topic: m.Topic, Retain: true, QoS: 1})
-		t.reply(context.Background(), a, http.StatusBadRequest, "a retained message asks for nothing: it would be carried out again at every reconnect")
+		// Also of one that an external broker has kept: it goes.
+		t.refuse(refusal{a, http.StatusBadRequest, "a retained message asks for nothing: it would be carried out again at every reconnect", m.Topic})
 		return nil
 	}
 	select {
 	case t.lanes[maphash.Comparable(t.seed, a.key)%askers] <- a:
 	default:
-		go t.reply(context.Background(), a, http.StatusTooManyRequests, "more is asked over MQTT than this node carries out")
+		t.refuse(refusal{a, http.StatusTooManyRequests, "more is asked over MQTT than this node carries out", ""})
 	}
 	return nil
+}
+
+// refusal is an answer that asks nothing of a twin.
+type refusal struct {
+	ask     ask
+	code    int
+	message string
+	kept    string // a topic whose retained message is to go
+}
+
+// refuse has it told. Who floods a node is not told of each message.
+func (t *topics) refuse(r refusal) {
+	select {
+	case t.refusals <- r:
+	default:
+		t.log.Debug("a refusal over MQTT is not told: there are too many", "device", r.ask.key)
+	}
+}
+
+func (t *topics) tellRefusals(ctx context.Context) error {
+	for {
+		select {
+		case r := <-t.refusals:
+			if r.kept != "" {
+				t.publish(ctx, mqtt.Message{Topic: r.kept, Retain: true, QoS: 1})
+			}
+			t.reply(ctx, r.ask, r.code, r.message)
+		case <-ctx.Done():
+			return nil
+		}
+	}
 }
 
 // parseAsk reads what a topic asks for.
