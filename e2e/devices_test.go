@@ -61,10 +61,11 @@ subjects: [{kind: ServiceAccount, name: operator, namespace: `+ns+`}]`)
 		}
 		applyDefault(t, string(text))
 	}
+	applyDefault(t, plugDevice("plug-8"))
 	ready(t, ns, "in")
 
 	// The devices come once their node's broker is there, as devices do.
-	stopDevices := simulateDevices(t, n, "thermostat:trv-kitchen", "plug:plug-1")
+	stopDevices := simulateDevices(t, n, "thermostat:trv-kitchen", "plug:plug-1", "plug:plug-8")
 	d := awaitTwin(t, n, "plug-1", "to be on as desired", func(d devicetwin.Doc) bool { return saysNow(d, "relay", "true") })
 	if p := d.Properties["relay"]; d.Phase != v1alpha1.PhaseOnline || p.State != v1alpha1.DesiredApplied || p.By != devicetwin.ByCloud {
 		t.Errorf("plug: %s, %+v", d.Phase, p)
@@ -72,12 +73,12 @@ subjects: [{kind: ServiceAccount, name: operator, namespace: `+ns+`}]`)
 	awaitTwin(t, n, "trv-kitchen", "to be set as desired", func(d devicetwin.Doc) bool { return saysNow(d, "setpoint", "20.5") })
 	eventually(t, 30*time.Second, "kubectl to show the devices", func(context.Context) (bool, string) {
 		out := kubectl(t, "get", "devices", "-n", "default")
-		return strings.Count(out, v1alpha1.PhaseOnline) == 2 && strings.Contains(out, "relay=true"), out
+		return strings.Count(out, v1alpha1.PhaseOnline) == 3 && strings.Contains(out, "relay=true"), out
 	})
 	if out := twin(t, n, "list"); !strings.Contains(out, "plug-1") || !strings.Contains(out, "relay=true") {
 		t.Errorf("edgecore twin list:\n%s", out)
 	}
-	if out, err := n.Edgecore(t.Context(), "status"); err != nil || !strings.Contains(out.Stdout, "devices   2: 2 online") {
+	if out, err := n.Edgecore(t.Context(), "status"); err != nil || !strings.Contains(out.Stdout, "devices   3: 3 online") {
 		t.Errorf("edgecore status: %v\n%s", err, out.Stdout)
 	}
 
@@ -113,13 +114,14 @@ subjects: [{kind: ServiceAccount, name: operator, namespace: `+ns+`}]`)
 	awaitTwin(t, n, "trv-kitchen", "to be set on the node", func(d devicetwin.Doc) bool { return saysNow(d, "setpoint", "23") })
 
 	// Meanwhile in the cloud: another desire, a device that comes and one that
-	// is edited.
+	// goes. Its live values are of a node that is away.
 	desire(t, "trv-kitchen", `{"setpoint":18}`)
-	applyDefault(t, `
-apiVersion: devices.skerry.dev/v1alpha1
-kind: Device
-metadata: {name: plug-9}
-spec: {modelRef: {name: tasmota-plug}, nodeName: edge-1, params: {topic: plug-9}}`)
+	applyDefault(t, plugDevice("plug-9"))
+	kubectl(t, "delete", "device", "-n", "default", "plug-8")
+	eventually(t, time.Minute, "the hub to say that the node is away", func(context.Context) (bool, string) {
+		out := kubectl(t, "get", "--raw", liveTwin("plug-1"))
+		return strings.Contains(out, `"nodeConnected":false`), out
+	})
 
 	// A restart without the cloud: nothing is known of a device until it speaks.
 	stopDevices()
@@ -151,14 +153,50 @@ spec: {modelRef: {name: tasmota-plug}, nodeName: edge-1, params: {topic: plug-9}
 	}
 	awaitTwin(t, n, "plug-9", "to be there, as it came while the node was away", func(d devicetwin.Doc) bool { return d.Phase == v1alpha1.PhaseOnline })
 	kubectl(t, "delete", "device", "-n", "default", "plug-9")
-	eventually(t, 20*time.Second, "the deleted device to be gone", func(ctx context.Context) (bool, string) {
-		res, err := n.Edgecore(ctx, "twin", "get", "default/plug-9")
-		return err == nil && res.Code == 1 && strings.Contains(res.Stderr, "there is no device default/plug-9"), res.Stdout + res.Stderr
-	})
+	for _, name := range []string{"plug-8", "plug-9"} { // deleted while the node was away, and now
+		eventually(t, 20*time.Second, "the deleted device to be gone", func(ctx context.Context) (bool, string) {
+			res, err := n.Edgecore(ctx, "twin", "get", "default/"+name)
+			return err == nil && res.Code == 1 && strings.Contains(res.Stderr, "there is no device default/"+name), res.Stdout + res.Stderr
+		})
+	}
 	eventually(t, 90*time.Second, "kubectl to show how it is now", func(context.Context) (bool, string) {
 		out := kubectl(t, "get", "device", "-n", "default", "trv-kitchen", "-o", "jsonpath={.status.properties[?(@.name=='setpoint')].value}")
 		return strings.TrimSpace(out) == "18", out
 	})
+
+	// The hub starts anew: it learns what is live from the nodes, and what is
+	// desired reaches the device as before.
+	withoutHub(t)()
+	connected(t, n)
+	desire(t, "plug-1", `{"relay":true}`)
+	awaitTwin(t, n, "plug-1", "to be switched on by the new hub", func(d devicetwin.Doc) bool { return saysNow(d, "relay", "true") })
+	eventually(t, 30*time.Second, "the hub's live values", func(context.Context) (bool, string) {
+		out := kubectl(t, "get", "--raw", liveTwin("plug-1"))
+		var live struct {
+			NodeConnected bool `json:"nodeConnected"`
+			Properties    map[string]struct {
+				Reported *struct {
+					Value json.RawMessage `json:"value"`
+				} `json:"reported"`
+			} `json:"properties"`
+		}
+		if err := json.Unmarshal([]byte(out), &live); err != nil {
+			return false, err.Error()
+		}
+		r := live.Properties["relay"].Reported
+		return live.NodeConnected && r != nil && string(r.Value) == "true", out
+	})
+}
+
+// liveTwin is where the hub shows a device of namespace default.
+func liveTwin(name string) string { return "/skerry/v1/twins/default/" + name }
+
+func plugDevice(name string) string {
+	return `
+apiVersion: devices.skerry.dev/v1alpha1
+kind: Device
+metadata: {name: ` + name + `}
+spec: {modelRef: {name: tasmota-plug}, nodeName: edge-1, params: {topic: ` + name + `}}`
 }
 
 // applyDefault applies manifests in namespace default, until the test ends.
