@@ -88,13 +88,18 @@ func (n *Node) Boot(ctx context.Context) error {
 }
 
 // WriteConfig writes edgecore's configuration for this machine: its containerd
-// and cgroup root, with over laid over it.
+// and cgroup root, and long logs, with over laid over it.
 func (n *Node) WriteConfig(over map[string]any) error {
 	cfg := map[string]any{
 		"apiVersion": "edgecore.skerry.dev/v1alpha1",
 		"kind":       "Config",
 		"runtime":    map[string]any{"endpoint": machine.ContainerdEndpoint},
-		"kubelet":    map[string]any{"cgroupRoot": n.CgroupRoot()},
+		"kubelet": map[string]any{
+			"cgroupRoot": n.CgroupRoot(),
+			// The kubelet cuts logs every 10 s, at 10 MiB by default; what is
+			// printed and read whole here is longer, and must not depend on when.
+			"config": map[string]any{"containerLogMaxSize": "256Mi"},
+		},
 	}
 	merge(cfg, over)
 	b, err := yaml.Marshal(cfg)

@@ -35,7 +35,7 @@ func serve(args []string) error {
 	}
 	s := &server{message: *message, host: host, started: time.Now()}
 	s.ready.Store(true)
-	srv := &http.Server{Addr: *listen, Handler: s.routes(), ReadHeaderTimeout: 5 * time.Second, MaxHeaderBytes: 64 << 10}
+	srv := &http.Server{Addr: *listen, Handler: s.routes(), ReadHeaderTimeout: time.Minute, MaxHeaderBytes: 64 << 10}
 	log.Info("demo serves", "listen", *listen, "host", host, "pid", os.Getpid())
 
 	failed := make(chan error, 1)
