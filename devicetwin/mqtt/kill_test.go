@@ -69,9 +69,10 @@ func TestMosquittoKilled(t *testing.T) {
 	if len(acked) == 0 || distinct == 0 {
 		t.Error("nothing went through")
 	}
-	// More is not its window between PUBACK and save, but ours.
-	if lost > len(acked)/20 {
-		t.Errorf("%d of %d lost", lost, len(acked))
+	// How much mosquitto loses between PUBACK and save is its own: the more, the
+	// larger its file has grown. That it kept the session for us is ours to ask.
+	if n := r.clean.Load(); n > 0 {
+		t.Errorf("%d connects asked for no session to be kept", n)
 	}
 }
 
@@ -309,6 +310,7 @@ type relay struct {
 	onto  string
 	saved func(id string) bool
 	early atomic.Int32 // acknowledged before saved
+	clean atomic.Int32 // connects that want no session kept
 
 	mu   sync.Mutex
 	came map[string]bool // delivered to the client
@@ -365,9 +367,14 @@ func (r *relay) serve(client net.Conn) {
 		defer func() { _, _ = io.Copy(io.Discard, client) }()
 		defer broker.Close()
 		pass(client, broker, func(p packets.ControlPacket) {
-			if ack, ok := p.(*packets.PubackPacket); ok {
+			switch p := p.(type) {
+			case *packets.ConnectPacket:
+				if p.CleanSession {
+					r.clean.Add(1)
+				}
+			case *packets.PubackPacket:
 				mu.Lock()
-				id := open[ack.MessageID]
+				id := open[p.MessageID]
 				mu.Unlock()
 				if !r.saved(id) {
 					r.early.Add(1)
