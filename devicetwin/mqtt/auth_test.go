@@ -192,11 +192,15 @@ func (a *authority) issue(name, cn string) {
 	writeFile(a.t, a.path(name+".key"), string(keyPEM), 0o600)
 }
 
-// dial connects with the certificate of a name; "": none.
-func (a *authority) dial(addr, name string, connect packets.Packet) (*wire, error) {
+func (a *authority) pool() *x509.CertPool {
 	pool := x509.NewCertPool()
 	pool.AddCert(a.cert)
-	cfg := &tls.Config{RootCAs: pool}
+	return pool
+}
+
+// dial connects with the certificate of a name; "": none.
+func (a *authority) dial(addr, name string, connect packets.Packet) (*wire, error) {
+	cfg := &tls.Config{RootCAs: a.pool()}
 	if name != "" {
 		pair, err := tls.LoadX509KeyPair(a.path(name+".pem"), a.path(name+".key"))
 		if err != nil {
@@ -328,10 +332,13 @@ func TestEmbeddedWhoMayWhat(t *testing.T) {
 	if w, err := ca.dial(encrypted, "", as("home/plug", "secret")); err != nil || w.connack.ReasonCode != 0 {
 		t.Errorf("a password over TLS: %v", err)
 	}
-	old, err := tls.Dial("tcp", encrypted, &tls.Config{MaxVersion: tls.VersionTLS11, InsecureSkipVerify: true}) //nolint:gosec // that it is refused is the test
+	// The least version is named: of itself a client would not even ask.
+	old, err := tls.Dial("tcp", encrypted, &tls.Config{MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11, RootCAs: ca.pool()})
 	if err == nil {
 		old.Close()
 		t.Error("TLS 1.1 was taken")
+	} else if !strings.Contains(err.Error(), "remote error: tls: protocol version") {
+		t.Errorf("TLS 1.1 was not refused by the broker for its version: %v", err)
 	}
 
 	nc, err := net.Dial("unix", socket)

@@ -127,22 +127,6 @@ func (t *Type) Kind() string { return t.kind }
 func (t *Type) Readable() bool { return t.readable }
 func (t *Type) Writable() bool { return t.writable }
 
-// Number is v as a float64, for a number or a bool.
-func Number(v any) (float64, bool) {
-	switch v := v.(type) {
-	case int64:
-		return float64(v), true
-	case float64:
-		return v, true
-	case bool:
-		if v {
-			return 1, true
-		}
-		return 0, true
-	}
-	return 0, false
-}
-
 // Check tells whether v is one of the type's values, whoever says it.
 func (t *Type) Check(v any) error {
 	switch v := v.(type) {

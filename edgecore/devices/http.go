@@ -13,7 +13,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"time"
 
 	"k8s.io/apiserver/pkg/authentication/user"
@@ -22,6 +21,7 @@ import (
 	"github.com/skerry-io/skerry/devicetwin"
 	"github.com/skerry-io/skerry/devicetwin/api/v1alpha1"
 	"github.com/skerry-io/skerry/devicetwin/telemetry"
+	"github.com/skerry-io/skerry/edgecore/connlimit"
 )
 
 // The API over HTTP, below /v1/:
@@ -426,7 +426,7 @@ func (a *api) serveSocket(ctx context.Context, s *socket) error {
 	}
 	stopped := context.AfterFunc(ctx, func() { srv.Close() })
 	defer stopped()
-	if err := srv.Serve(&bounded{Listener: s.Listener, places: make(chan struct{}, maxAPIConns)}); !errors.Is(err, http.ErrServerClosed) {
+	if err := srv.Serve(connlimit.New(s.Listener, maxAPIConns)); !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serve %s: %w", s.path, err)
 	}
 	return nil
@@ -446,37 +446,4 @@ func (a *api) authenticated(w http.ResponseWriter, r *http.Request) {
 	}
 	r.Header.Del("Authorization")
 	a.mux.ServeHTTP(w, r.WithContext(request.WithUser(r.Context(), who)))
-}
-
-// bounded closes a connection that is one too many at once.
-type bounded struct {
-	net.Listener
-	places chan struct{}
-}
-
-func (l *bounded) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		select {
-		case l.places <- struct{}{}:
-			return &placed{Conn: c, done: func() { <-l.places }}, nil
-		default:
-			c.Close()
-		}
-	}
-}
-
-type placed struct {
-	net.Conn
-	once sync.Once
-	done func()
-}
-
-func (p *placed) Close() error {
-	err := p.Conn.Close()
-	p.once.Do(p.done)
-	return err
 }

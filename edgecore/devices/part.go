@@ -30,8 +30,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
-	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -379,9 +377,3 @@ const (
 	databaseFile = "devices.db"
 	telemetryDir = "telemetry"
 )
-
-// Exists tells whether a node has kept anything of devices, for a reset.
-func Exists(dir string) bool {
-	_, err := os.Stat(filepath.Join(dir, databaseFile))
-	return err == nil
-}

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/skerry-io/skerry/edgecore/apifacade"
+	"github.com/skerry-io/skerry/edgecore/connlimit"
 	"github.com/skerry-io/skerry/edgecore/store"
 	"github.com/skerry-io/skerry/edgecore/tokens"
 )
@@ -166,7 +167,7 @@ func (s *Server) Run(ctx context.Context) error {
 			ErrorLog:    slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 		}
 		g.Go(func() error {
-			if err := srv.ServeTLS(limit(l, maxConns), "", ""); !errors.Is(err, http.ErrServerClosed) {
+			if err := srv.ServeTLS(connlimit.New(l, maxConns), "", ""); !errors.Is(err, http.ErrServerClosed) {
 				return fmt.Errorf("serve the local API at %s: %w", l.Addr(), err)
 			}
 			return nil

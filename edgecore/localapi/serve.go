@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"net"
 	"net/http"
 	"slices"
 	"strings"
@@ -164,31 +163,5 @@ func (s *Server) respond(w http.ResponseWriter, code int, v any) {
 	w.WriteHeader(code)
 	if err := json.NewEncoder(w).Encode(v); err != nil {
 		s.log.Debug("local client went away", "err", err)
-	}
-}
-
-// limit bounds the connections of a listener. One too many is closed at once,
-// which a client can tell from a server that hangs.
-func limit(l net.Listener, n int) net.Listener {
-	return &limited{Listener: l, places: make(chan struct{}, n)}
-}
-
-type limited struct {
-	net.Listener
-	places chan struct{}
-}
-
-func (l *limited) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		select {
-		case l.places <- struct{}{}:
-			return &placed{Conn: c, done: func() { <-l.places }}, nil
-		default:
-			c.Close()
-		}
 	}
 }

@@ -3,12 +3,10 @@ package localapi
 import (
 	"encoding/json"
 	"fmt"
-	"net"
 	"net/http"
 	"net/url"
 	"slices"
 	"strings"
-	"sync"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -136,16 +134,4 @@ func containerOf(pod *corev1.Pod, name string) (string, error) {
 		return "", apierrors.NewBadRequest(fmt.Sprintf("container %s is not valid for pod %s", name, pod.Name))
 	}
 	return name, nil
-}
-
-// placed gives its place back once.
-type placed struct {
-	net.Conn
-	once sync.Once
-	done func()
-}
-
-func (p *placed) Close() error {
-	p.once.Do(p.done)
-	return p.Conn.Close()
 }

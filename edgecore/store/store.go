@@ -126,13 +126,6 @@ func (s *Store) table(resource string) *table {
 	return t
 }
 
-func (s *Store) count(resource string) int {
-	if t := s.tables[resource]; t != nil {
-		return len(t.objects)
-	}
-	return 0
-}
-
 func (s *Store) stored(k Key) *Object {
 	if t := s.tables[k.Resource]; t != nil {
 		return t.objects[k]
