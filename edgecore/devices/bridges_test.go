@@ -28,9 +28,7 @@ func TestBridges(t *testing.T) {
 	if _, err := remote.Subscribe("site/#", 1, func(m mqtt.Message) error { there <- m.Topic + "=" + string(m.Payload); return nil }); err != nil {
 		t.Fatal(err)
 	}
-	for !remote.State().Connected {
-		time.Sleep(time.Millisecond)
-	}
+	eventually(t, "the other broker", func() (bool, string) { return remote.State().Connected, remote.State().Error })
 
 	r := newRig(t)
 	r.stop()
